@@ -1,0 +1,1 @@
+"""Data sets, transforms and the DataModule that serves all of them."""

@@ -1,0 +1,197 @@
+"""One DataModule for every data set."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from wsss import InputError
+from wsss.data.transforms import FlipCrop, Views
+
+
+class EndlessSampler(Sampler[tuple[int, int]]):
+    """Positions and indices of an endless shuffled training order that is a pure function of (seed, position).
+
+    Every pass over the data is a new permutation. Sharded by `rank` of `world`; `start` is the first position.
+    """
+
+    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.start, self.rank, self.world = length, seed, start, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.start + self.rank
+        current, order = -1, np.empty(0, np.int64)
+        while True:
+            epoch, place = divmod(position, self.length)
+            if epoch != current:
+                current, order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.length)
+            yield position, int(order[place])
+            position += self.world
+
+
+class _TrainItems(Dataset[dict[str, Any]]):
+    """Transformed training items by (position, index): what is drawn depends on seed and position alone."""
+
+    def __init__(
+        self, source: Dataset[dict[str, Any]], transform: Callable[..., Views], module: "DataModule"
+    ) -> None:
+        self.source, self.transform = source, transform
+        self.seed, self.normalise = module.seed, module.normalise
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, index = key
+        item = self.source[index]
+        views = self.transform(item["image"], np.random.default_rng([self.seed, 1, position]))
+        tensors = {
+            name: self.normalise(v) if v.dtype == np.uint8 else torch.from_numpy(v)
+            for name, v in views.items()
+        }
+        # nothing else of the item is passed on: a training batch never holds a mask
+        return tensors | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
+
+
+class _EvalItems(Dataset[dict[str, Any]]):
+    """Whole images with their masks, where the data set has masks."""
+
+    def __init__(self, source: Dataset[dict[str, Any]], module: "DataModule") -> None:
+        self.source, self.normalise = source, module.normalise
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]  # torch's Dataset declares no length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.source[index]
+        tensors = {
+            "image": self.normalise(item["image"]),
+            "label": torch.from_numpy(item["label"]),
+            "id": item["id"],
+        }
+        if "mask" in item:
+            tensors["mask"] = torch.from_numpy(item["mask"].astype(np.int64))
+        return tensors
+
+
+class DataModule(pl.LightningDataModule):
+    """Serves a training and an evaluation data set as batches of the library's contract.
+
+    A batch is a dict: `image` (B, 3, H, W) float, normalised; `label` (B, C) float multi-hot; `id` list of str;
+    in training the further views of the transform, in evaluation `mask` (B, H, W) long with 0 background, c + 1
+    for class c and 255 ignore. A training batch has no `mask`. The training loader is endless.
+
+    Args:
+        train: data set of items `image` uint8 (H, W, 3), `label` float32 (C,), `id`, with `classes`.
+        val: the same with `mask` uint8 (H, W); None for training without evaluation.
+        transform: of training images, see `wsss.data.transforms`; None crops and mirrors.
+        batch_size: training images a step and device.
+        eval_batch_size: evaluation images a step; 1 unless all of them have one size.
+        num_workers: loader processes.
+        seed: decides the order of the images and what transforms draw.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[dict[str, Any]],
+        val: Dataset[dict[str, Any]] | None = None,
+        transform: Callable[..., Views] | None = None,
+        batch_size: int = 2,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name} is {value}: expected at least {least}")
+        self.train, self.val, self.transform = train, val, transform or FlipCrop()
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed = seed
+        self.classes: tuple[str, ...] = train.classes  # type: ignore[attr-defined]  # contract of our data sets
+        self.num_classes = len(self.classes)
+        self.mean: Sequence[float] = (0.485, 0.456, 0.406)
+        self.std: Sequence[float] = (0.229, 0.224, 0.225)
+
+    def setup(self, stage: str) -> None:
+        if self.trainer is not None:  # the method says how it wants its images
+            self.mean, self.std = self.trainer.lightning_module.mean, self.trainer.lightning_module.std
+
+    @property
+    def normalise(self) -> Callable[[np.ndarray], Tensor]:
+        return Normalise(self.mean, self.std)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        start, rank, world = 0, 0, 1
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world
+        length = len(self.train)  # type: ignore[arg-type]
+        return self._loader(
+            _TrainItems(self.train, self.transform, self),
+            self.batch_size,
+            sampler=EndlessSampler(length, self.seed, start, rank, world),
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        if self.val is None:
+            return []
+        return self._loader(_EvalItems(self.val, self), self.eval_batch_size, shuffle=False)
+
+    def _loader(
+        self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any
+    ) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            items,
+            batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            worker_init_fn=_one_thread,
+            **order,
+        )
+
+
+class Normalise:
+    """uint8 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std)
+        )
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+        return tensor.div_(255).sub_(self.mean).div_(self.std)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors, lists ids.
+
+    Raises:
+        InputError: images of different sizes in one evaluation batch.
+    """
+    shapes = {tuple(item["image"].shape[1:]) for item in items}
+    if len(shapes) > 1:
+        raise InputError(
+            f"images of sizes {', '.join(f'{w}x{h}' for h, w in sorted(shapes))} cannot share a batch: "
+            "set data.eval_batch_size=1"
+        )
+    return {
+        name: torch.stack([item[name] for item in items])
+        if isinstance(value, Tensor)
+        else [i[name] for i in items]
+        for name, value in items[0].items()
+    }
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)  # a worker is one of several: OpenCV's own threads would only compete
+    assert get_worker_info() is not None

@@ -1,0 +1,206 @@
+"""Readers of foreign files: what cannot be used raises InputError with one sentence, never anything else."""
+
+import io
+import os
+import pickle
+import pickletools
+import re
+import reprlib
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PureWindowsPath
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image, ImageOps
+
+from wsss import InputError
+
+PathLike = str | os.PathLike[str]
+MASK_IDS = "0 (background), c+1 (class c) and 255 (ignore)"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@contextmanager
+def _reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
+    """Parsers of foreign bytes raise nearly everything (struct.error, SyntaxError, MemoryError, ...)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        found = textwrap.shorten(found, 200)  # and on one line
+        raise InputError(f"{path} cannot be read as {expected} ({found}): {advice}.") from error
+
+
+def read_image(path: PathLike) -> np.ndarray:
+    """Reads a photograph upright as RGB, uint8 (H, W, 3).
+
+    EXIF orientation is applied and transparency is laid on white. Of 16-bit grey (and 32-bit integers, taken
+    as 16-bit) the high byte is kept; floats are taken as 0..1, or as 0..255 if any is above 1.
+    """
+    advice = "replace it, or take it out of the list"
+    with _reading(path, "an image", advice), Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        elif image.mode == "F":
+            grey = np.asarray(image)
+            if not (grey.min() >= 0 and grey.max() <= 255):
+                raise InputError(f"{path} holds floats outside 0..255: save it as an 8-bit image.")
+            grey = (grey * (255 if grey.max() <= 1 else 1)).round()
+        else:
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return np.array(image.convert("RGB"))
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def read_mask(path: PathLike) -> np.ndarray:
+    """Reads class ids, uint8 (H, W), from a palette or grey image of 1, 8 or 16 bits; colours are refused."""
+    with _reading(path, "a mask", "replace it, or take it out of the list"), Image.open(path) as image:
+        if image.format == "JPEG" or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
+            found = f"a {image.format} of mode {image.mode}, expected a palette or grey PNG of class ids"
+            raise InputError(f"{path} is {found}: map its colours to {MASK_IDS} and save those.")
+        mask = np.array(image)
+    if mask.min() < 0 or mask.max() > 255:
+        found = f"values from {mask.min()} to {mask.max()}, expected class ids"
+        raise InputError(f"{path} holds {found}: save {MASK_IDS}.")
+    return mask.astype(np.uint8)
+
+
+def read_lines(path: PathLike) -> list[str]:
+    """Reads the lines of a UTF-8 text that are not blank, stripped."""
+    with _reading(path, "text", "give an existing file in UTF-8"), open(path, encoding="utf-8-sig") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def read_list(path: PathLike) -> list[str]:
+    """Reads image ids, one a line: `2007_000032`, or `/JPEGImages/2007_000032.jpg /SegmentationClassAug/...`.
+
+    Only the first word of a line counts. An empty list and a repeated id are refused.
+    """
+    names = [PureWindowsPath(line.split()[0]) for line in read_lines(path)]  # takes / and \ alike
+    ids = [name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name for name in names]
+    if not all(ids):
+        raise InputError(f"{path} has a line that starts with a bare folder: write one image id a line.")
+    if not ids:
+        raise InputError(f"{path} is empty, expected one image id a line: fill it or name another list.")
+    repeated, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} lists {repeated} {times} times, expected each id once: remove the repeats.")
+    return ids
+
+
+class _Dtype:
+    """Stands in for numpy.dtype, which gets its code ("f4") first and its byte order as state."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """Stands in for numpy.ndarray; `value` is the array, or the list of an object array."""
+
+    value: Any = None
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        shape, dtype, _, raw = state[-4:]
+        code = dtype.order + dtype.code
+        if code[1] == "O" and isinstance(raw, list):
+            self.value = raw
+        elif re.fullmatch(r"[<>|=][biufSU]\d{1,4}", code):
+            raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as str
+            self.value = np.frombuffer(raw, code).reshape(shape)
+        else:
+            raise pickle.UnpicklingError(f"it holds an array of type {code}")
+
+
+class _Scalar(_Array):
+    def __init__(self, dtype: _Dtype, raw: bytes | str) -> None:
+        self.__setstate__(((), dtype, False, raw))
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("collections", "OrderedDict"): dict,
+    ("_codecs", "encode"): str.encode,  # protocol 2 writes bytes as text; str.encode has no zip codecs
+}
+
+
+class _LabelUnpickler(pickle.Unpickler):
+    """Builds containers, numbers, strings and the stand-ins above; imports nothing.
+
+    numpy's own classes stay out too: a forged dtype state makes them take raw bytes for object pointers.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        key = module.replace("numpy._core", "numpy.core"), name
+        if key not in _STAND_INS:
+            raise pickle.UnpicklingError(
+                f"it holds a pickled {module}.{name}, expected only arrays and strings"
+            )
+        return _STAND_INS[key]
+
+
+def _unpickle(data: bytes) -> Any:
+    for opcode, argument, _ in pickletools.genops(data):  # refuses lengths beyond the end of the data
+        if "PUT" in opcode.name and int(argument or 0) > len(data):  # pickle would allocate up to this index
+            raise pickle.UnpicklingError(f"its memo index {argument} is too large")
+    return _LabelUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+def _image_id(key: Any) -> Any:
+    key = key.value.item() if isinstance(key, _Scalar) else key
+    key = key.decode() if isinstance(key, bytes) else key
+    if isinstance(key, int) and 10**9 <= key < 10**10:  # 2007000032, as IRN writes 2007_000032
+        return f"{key // 10**6}_{key % 10**6:06d}"
+    return key
+
+
+def load_label_dict(path: PathLike) -> dict[str, np.ndarray]:
+    """Reads image-level labels, id -> float32 (C,) of zeros and ones, from the field's `cls_labels*.npy`.
+
+    Such a file is a pickled dict in a 0-d object array; nothing that it names is run. Ids may be str, bytes
+    or VOC numbers (2007000032 becomes 2007_000032).
+    """
+    advice = "save a dict of id -> vector of zeros and ones with np.save"
+    with _reading(path, "image-level labels", advice), open(path, "rb") as file:
+        read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
+        shape, _, dtype = read_header[npy.read_magic(file)[0]](file)
+        if shape != () or not dtype.hasobject:
+            raise InputError(f"{path} holds an array of {dtype} {shape}, expected a pickled dict: {advice}.")
+        (entries,) = _unpickle(file.read()).value
+        if not isinstance(entries, dict) or not entries:
+            raise InputError(f"{path} holds {reprlib.repr(entries)}, expected a filled dict: {advice}.")
+        labels: dict[str, np.ndarray] = {}
+        length = 0
+        for key, value in entries.items():
+            name, shown = _image_id(key), reprlib.repr(_image_id(key))
+            if not isinstance(name, str) or name in labels:
+                raise InputError(f"{path} has the key {shown}, expected image ids, each once: {advice}.")
+            vector = value.value if isinstance(value, _Array) else value
+            vector = vector.tolist() if isinstance(vector, np.ndarray) else vector
+            fits = isinstance(vector, list) and vector and len(vector) == (length or len(vector))
+            if not fits or any(x not in (0, 1) for x in vector):
+                found, count = f"{reprlib.repr(vector)} for {shown}", length or "only"
+                raise InputError(f"{path} has {found}, expected {count} zeros and ones: {advice}.")
+            length = len(vector)
+            labels[name] = np.array(vector, np.float32)
+        return labels

@@ -1,0 +1,149 @@
+"""Training transforms: one uint8 photograph in, the views a method trains on out.
+
+A transform is called with the image (H, W, 3) and a numpy generator that alone decides what is drawn, and returns
+a dict of arrays. uint8 arrays of shape (h, w, 3) are views, which the DataModule normalises; `image` is the main
+one and `image_box` (4,) its rows [b0, b1) and columns [b2, b3) that hold photograph rather than padding.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wsss import InputError
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
+
+import albumentations as A  # noqa: E402  (after the setting above)
+import cv2  # noqa: E402
+
+Views = dict[str, np.ndarray]
+
+
+def scale_image(image: np.ndarray, ratio: float) -> np.ndarray:
+    """Resize by a factor, bilinear with PIL's antialiasing."""
+    h, w = image.shape[:2]
+    size = (max(1, int(ratio * w)), max(1, int(ratio * h)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A square window of a black canvas that holds the image at a random place; the box of the image in it."""
+    h, w = image.shape[:2]
+    height, width = max(size, h), max(size, w)
+    y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)  # of the image on the canvas
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)  # of the window on the canvas
+    rows = np.clip([y - top, y + h - top], 0, size)
+    cols = np.clip([x - left, x + w - left], 0, size)
+    window = np.zeros((size, size, 3), np.uint8)
+    window[rows[0] : rows[1], cols[0] : cols[1]] = image[
+        rows[0] + top - y : rows[1] + top - y, cols[0] + left - x : cols[1] + left - x
+    ]
+    return window, np.array([*rows, *cols], np.int64)
+
+
+def mirror(image: np.ndarray) -> np.ndarray:
+    return image[:, ::-1]
+
+
+def mirror_box(box: np.ndarray, width: int) -> np.ndarray:
+    return np.array([box[0], box[1], width - box[3], width - box[2]])
+
+
+def _check_scale(scale: Sequence[float]) -> tuple[float, float]:
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise InputError(f"transform.scale is {list(scale)}: expected two factors, 0 < smallest <= largest")
+    return float(scale[0]), float(scale[1])
+
+
+class FlipCrop:
+    """The default of a method without a transform of its own: random scale, mirror image, crop.
+
+    Args:
+        crop_size: side of the square window; black where the image does not reach.
+        scale: smallest and largest factor of the image size.
+    """
+
+    def __init__(self, crop_size: int = 448, scale: Sequence[float] = (0.5, 2.0)) -> None:
+        self.crop_size, self.scale = crop_size, _check_scale(scale)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+        image = scale_image(image, rng.uniform(*self.scale))
+        if rng.random() < 0.5:
+            image = mirror(image)
+        window, box = random_crop(image, self.crop_size, rng)
+        return {"image": window, "image_box": box}
+
+
+class ToCoViews:
+    """ToCo's three views: `image`, `global_view` and `local_source` (the view local crops are cut from).
+
+    Main view and crop source show one window of the scaled image under independent photometric changes, the
+    global view a random resized crop of the whole image. Photometric changes are DINO's: colour jitter
+    (.4, .4, .2, .1) with probability .8, grey with .2, blur (sigma .1 to 2), solarisation of the global view
+    with .2.
+
+    Args:
+        crop_size: side of all views.
+        scale: smallest and largest factor of the image size before the window is cut.
+        blur: probabilities of blur of `image`, `global_view` and `local_source`.
+        jitter: factor on the strength of the colour jitter, 1 as published.
+        released_behaviour: mirror main view and crop source independently, and leave the box unmirrored.
+    """
+
+    def __init__(
+        self,
+        crop_size: int = 448,
+        scale: Sequence[float] = (0.5, 2.0),
+        blur: Sequence[float] = (1.0, 0.1, 0.5),
+        jitter: float = 1.0,
+        released_behaviour: bool = False,
+    ) -> None:
+        if len(blur) != 3:
+            raise InputError(f"transform.blur is {list(blur)}: expected three probabilities")
+        self.crop_size, self.scale = crop_size, _check_scale(scale)
+        self.released_behaviour = released_behaviour
+        self.main, self.local = (self._photometric(jitter, p, solarize=0.0) for p in (blur[0], blur[2]))
+        self.view = A.RandomResizedCrop(
+            (crop_size, crop_size), scale=(0.4, 1.0), interpolation=cv2.INTER_CUBIC
+        )
+        self.global_ = self._photometric(jitter, blur[1], solarize=0.2, first=[self.view])
+
+    @staticmethod
+    def _photometric(jitter: float, blur: float, solarize: float, first: Sequence[Any] = ()) -> A.Compose:
+        colours = {
+            name: (1 - jitter * strength, 1 + jitter * strength)
+            for name, strength in (("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2))
+        }
+        return A.Compose(
+            [
+                *first,
+                A.ColorJitter(**colours, hue=(-0.1 * jitter, 0.1 * jitter), p=0.8),
+                A.ToGray(p=0.2),
+                A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=blur),
+                A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+        scaled = scale_image(image, rng.uniform(*self.scale))
+        if rng.random() < 0.5:
+            scaled = mirror(scaled)
+        window, box = random_crop(scaled, self.crop_size, rng)
+        flips = rng.random(3) < 0.5
+        if not self.released_behaviour:
+            flips[1] = flips[0]
+            if flips[0]:
+                box = mirror_box(box, self.crop_size)
+        views = {
+            "image": (self.main, window),
+            "local_source": (self.local, window),
+            "global_view": (self.global_, image),
+        }
+        result = {"image_box": box}
+        for (name, (compose, source)), flip in zip(views.items(), flips, strict=True):
+            compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
+            result[name] = compose(image=np.ascontiguousarray(mirror(source) if flip else source))["image"]
+        return result

@@ -1,0 +1,120 @@
+"""What all methods share: logging, evaluation steps and checkpoint contents. No training logic."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.losses import build
+from wsss.metrics import ClassificationMAP, Protocol, SegmentationIoU, flatten_iou
+from wsss.refine.cam import cam_to_label, multiscale_cam, resize
+
+
+class WSSSModule(pl.LightningModule):
+    """Base of the methods.
+
+    A method gives `forward(image) -> {"logits": (B, C), "seg": (B, 1 + C, h, w) or None, <cam name>: (B, C, h, w)}`,
+    one pass over the network with raw maps, and `training_step`, which ends with `self.combine(terms, weights)`.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names; numbers when None.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        cam_scales: scales of the multi-scale CAM, in training and evaluation.
+        losses: mapping from a loss key to its `weight` and arguments, or to None to leave the term out.
+        computed: the loss keys this method computes.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    cam_names: tuple[str, ...] = ("cam",)
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None,
+        background_threshold: float,
+        cam_scales: Sequence[float],
+        losses: Mapping[str, Mapping[str, Any] | None],
+        computed: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.classes = tuple(classes or map(str, range(num_classes)))
+        if len(self.classes) != num_classes:
+            raise InputError(f"classes has {len(self.classes)} names for num_classes={num_classes}")
+        self.background_threshold = background_threshold
+        self.cam_scales = tuple(cam_scales)
+        self.protocol = Protocol()
+        self.losses = nn.ModuleDict()
+        self.loss_weights: dict[str, float] = {}
+        for key, settings in losses.items():
+            if key not in computed:
+                raise InputError(
+                    f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}"
+                )
+            if settings is not None:
+                arguments = dict(settings)
+                self.loss_weights[key] = float(arguments.pop("weight", 1.0))
+                self.losses[key] = build(key, **arguments)
+        self.metrics = nn.ModuleDict({"map": ClassificationMAP(num_classes)})
+        for key in ("miou", *(f"{name}_miou" for name in self.cam_names)):
+            self.metrics[key] = SegmentationIoU(num_classes + 1)
+
+    def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
+        """Weighted sum of the loss terms, logged with its parts; what `training_step` returns."""
+        total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
+        self.log("train/loss", total.detach(), prog_bar=True)
+        parts = {key: term.detach() for key, term in terms.items()}
+        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()})
+        return {"loss": total, "terms": parts}
+
+    def raw_cam(self, image: Tensor) -> Tensor:
+        """(B, K*C, h, w): the raw maps of one pass, one group of C channels for each of `cam_names`."""
+        output = self(image)
+        return torch.cat([output[name] for name in self.cam_names], dim=1)
+
+    @torch.no_grad()
+    def infer(self, image: Tensor) -> dict[str, Tensor]:
+        """`forward` at the protocol's size, with CAMs multi-scale, normalised to [0, 1) and at image size."""
+        if self.protocol.size is not None:
+            image = resize(image, (self.protocol.size, self.protocol.size))
+        output = self(image)
+        first = torch.cat([output[name] for name in self.cam_names], dim=1)
+        cams = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(len(self.cam_names), dim=1)
+        return output | dict(zip(self.cam_names, cams, strict=True))
+
+    def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
+        """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
+        return cam_to_label(cam, label, self.background_threshold)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        output, label = self.infer(batch["image"]), batch["label"]
+        self.metrics["map"].update(output["logits"], label)
+        if "mask" not in batch:
+            return
+        mask = batch["mask"]
+        size = mask.shape[-2:]
+        if output["seg"] is not None:
+            self.metrics["miou"].update(resize(output["seg"], size).argmax(1), mask)
+        kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
+        for name in self.cam_names:
+            cam = resize(output[name], size)
+            self.metrics[f"{name}_miou"].update(cam_to_label(cam, kept, self.background_threshold), mask)
+
+    def on_validation_epoch_end(self) -> None:
+        figures: dict[str, Any] = {}
+        for key, metric in self.metrics.items():
+            if not metric.update_called:
+                continue
+            if key == "miou":
+                figures |= flatten_iou(metric.iou(), self.classes)
+            figures[key] = metric.compute().float()
+            metric.reset()
+        self.log_dict({f"val/{key}": value for key, value in figures.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["wsss"] = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}

@@ -1,0 +1,164 @@
+"""Plain vision transformers on timm, with the tokens of an intermediate block."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from wsss import InputError
+
+TINY_PARAMETERS = 6_000_000
+"""A little more than a ViT-Ti: what learns from random weights on a data set of this field's size."""
+
+
+class Tokens(NamedTuple):
+    """What an encoder gives for a batch of images, h x w being the grid of patches."""
+
+    class_token: Tensor  # (B, D), after the last norm
+    patches: Tensor  # (B, D, h, w), after the last norm
+    aux_patches: Tensor  # (B, D, h, w), output of an intermediate block, not normalised
+
+
+class ViTEncoder(nn.Module):
+    """A timm `VisionTransformer` that accepts any image size and also gives auxiliary patch tokens.
+
+    The position embedding is frozen and resized at every forward to the grid of the image (bicubic, no
+    antialiasing), as ToCo and AFA do. Sizes that are no multiple of the patch are floored.
+
+    Args:
+        backbone: timm name of a plain vision transformer with one class token.
+        weights: None for random weights, a timm tag (`orig_in21k_ft_in1k`), or a `.pth` or `.safetensors` file.
+        arguments: what timm's constructor takes, e.g. `depth`, `embed_dim`, `patch_size`, `img_size`.
+        aux_layer: index into the list of block outputs (whose last entry is normalised); -3 is the tenth
+            of twelve blocks.
+
+    Raises:
+        InputError: unknown backbone, argument, tag or layer; a file that does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        weights: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        aux_layer: int = -3,
+    ) -> None:
+        super().__init__()
+        self.vit = create_vit(backbone, weights, dict(arguments or {}))
+        depth = len(self.vit.blocks)
+        if not -depth <= aux_layer < depth:
+            raise InputError(
+                f"aux_layer is {aux_layer}, but {backbone} has {depth} blocks: use {-depth} to {depth - 1}"
+            )
+        self.aux_block = aux_layer % depth
+        self.embed_dim: int = self.vit.embed_dim
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
+        self.vit.pos_embed.requires_grad_(False)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens after the position embedding, (B, 1 + h*w, D) with the class token first, and (h, w)."""
+        patches = self.vit.patch_embed.proj(image)  # (B, D, h, w)
+        h, w = patches.shape[-2:]
+        class_position, grid = self.vit.pos_embed[:, :1], self.vit.pos_embed[:, 1:]
+        side = int(grid.shape[1] ** 0.5)
+        grid = grid.transpose(1, 2).unflatten(2, (side, side))
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+        class_token = (self.vit.cls_token + class_position).expand(len(image), -1, -1)
+        return torch.cat([class_token, (patches + grid).flatten(2).transpose(1, 2)], dim=1), (h, w)
+
+    def forward(self, image: Tensor) -> Tokens:
+        """image: (B, 3, H, W) normalised."""
+        tokens, size = self.embed(image)
+        for index, block in enumerate(self.vit.blocks):
+            tokens = block(tokens)
+            if index == self.aux_block:
+                aux_tokens = tokens
+        tokens = self.vit.norm(tokens)
+        if self.aux_block == len(self.vit.blocks) - 1:
+            aux_tokens = tokens
+        return Tokens(tokens[:, 0], _grid(tokens, size), _grid(aux_tokens, size))
+
+
+def _grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, size)
+
+
+def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    """timm's model without its head; see `ViTEncoder` for the arguments and errors."""
+    if not timm.is_model(backbone):
+        near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224"
+        raise InputError(f"unknown backbone {backbone!r}: give a timm vision transformer, e.g. {near}")
+    settings: dict[str, Any] = {"num_classes": 0, **arguments}
+    if weights is not None and Path(weights).suffix in {".pth", ".pt", ".bin", ".safetensors"}:
+        settings |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
+        source = f"weights file {weights}"
+    elif weights is not None:
+        known = [name.split(".", 1)[1] for name in timm.list_models(f"{backbone}.*", pretrained=True)]
+        if weights not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(
+                f"weights {weights!r} is neither a .pth or .safetensors file nor a timm tag of {backbone} ({listed})"
+            )
+        backbone, source = f"{backbone}.{weights}", f"timm weights {backbone}.{weights}"
+        settings["pretrained"] = True
+    try:
+        model = timm.create_model(backbone, **settings)
+    except (RuntimeError, KeyError) as error:
+        if weights is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{source} does not fit {backbone}: {reason}") from error
+    except TypeError as error:
+        raise InputError(f"backbone_args {arguments} does not suit {backbone}: {error}") from error
+    except OSError as error:  # the hub cannot be reached, or the file is not in its cache
+        raise InputError(
+            f"{source} could not be downloaded ({type(error).__name__}): pass method.weights=FILE with a local .pth "
+            "or .safetensors file, or method.weights=null for random weights"
+        ) from error
+    if not isinstance(model, VisionTransformer) or model.cls_token is None or model.num_prefix_tokens != 1:
+        raise InputError(f"backbone {backbone!r} is not a plain vision transformer with one class token")
+    if weights is None and sum(p.numel() for p in model.parameters()) > TINY_PARAMETERS:
+        warnings.warn(
+            f"{backbone} starts from random weights: a network larger than ViT-Ti learns little from image labels "
+            "alone; set method.weights to a timm tag or a file",
+            stacklevel=2,
+        )
+    return model
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` file or of a `.pth` file that holds nothing but tensors and containers.
+
+    A state dict under `model` or `state_dict` (DeiT, Lightning) is taken out.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"weights file {path} does not exist")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file provokes in the readers
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"weights file {path} cannot be read as a file of tensors: {reason}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise InputError(f"weights file {path} holds no state dict: expected a mapping from names to tensors")
+    return content

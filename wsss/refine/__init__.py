@@ -1,0 +1,1 @@
+"""From class scores to pseudo labels: CAM arithmetic and pixel-adaptive refinement."""

@@ -1,0 +1,129 @@
+"""Class activation maps: multi-scale computation, thresholds, regions and local crops.
+
+Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def multiscale_cam(
+    raw_cam: Callable[[Tensor], Tensor],
+    image: Tensor,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    first: Tensor | None = None,
+) -> Tensor:
+    """Multi-scale, flipped and normalised CAMs (ToCo; scale 1 always takes part and comes first).
+
+    At each scale the maps of the image and of its mirror image are resized to the image, the larger value is
+    taken and negative ones become 0; the sum over scales is brought to [0, 1) per map by its minimum and maximum.
+
+    Args:
+        raw_cam: (B, 3, H, W) -> (B, K, h, w), any K: several kinds of maps can be stacked along it.
+        image: (B, 3, H, W).
+        scales: factors of the image size.
+        first: `raw_cam(image)` where it is known already.
+
+    Returns:
+        (B, K, H, W).
+    """
+    size = image.shape[-2:]
+    total = torch.zeros((), device=image.device)
+    for scale in (1.0, *(s for s in scales if s != 1.0)):
+        if scale == 1.0 and first is not None:
+            plain, mirrored = first, raw_cam(image.flip(-1))
+        else:
+            scaled = image if scale == 1.0 else resize(image, [int(scale * side) for side in size])
+            plain, mirrored = raw_cam(torch.cat([scaled, scaled.flip(-1)])).chunk(2)
+        total = total + torch.maximum(resize(plain, size), resize(mirrored, size).flip(-1)).relu()
+    total = total - total.amin(dim=(-2, -1), keepdim=True)
+    return total / (total.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
+    """(B, h, w) True where the centre of a cell of `stride` pixels lies in its image's box.
+
+    Args:
+        box: (B, 4) pixel rows [b0, b1) and columns [b2, b3).
+        size: (h, w) of the grid of cells.
+    """
+    rows, cols = ((torch.arange(side, device=box.device) + 0.5) * stride for side in size)
+    in_rows = (rows >= box[:, 0:1]) & (rows < box[:, 1:2])
+    in_cols = (cols >= box[:, 2:3]) & (cols < box[:, 3:4])
+    return in_rows[:, :, None] & in_cols[:, None, :]
+
+
+def cam_to_label(
+    cam: Tensor,
+    label: Tensor,
+    background_threshold: float,
+    thresholds: tuple[float, float] | None = None,
+    valid: Tensor | None = None,
+    ignore_index: int = 255,
+) -> Tensor:
+    """The class with the largest CAM among an image's labels, background where that is not above a threshold.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1].
+        label: (B, C) 0 or 1. An image without labels is background everywhere.
+        background_threshold: values up to it are background.
+        thresholds: (low, high): then values up to `low` are background and those up to `high` are ignored,
+            so that `background_threshold` has no effect.
+        valid: (B, H, W) bool; everything else is ignored.
+
+    Returns:
+        (B, H, W) long.
+    """
+    value, index = (cam * label[:, :, None, None]).max(dim=1)
+    result = torch.where(value <= background_threshold, 0, index + 1)
+    if thresholds is not None:
+        low, high = thresholds
+        result = torch.where(value <= high, ignore_index, result)
+        result = torch.where(value <= low, 0, result)
+    if valid is not None:
+        result = torch.where(valid, result, ignore_index)
+    return result
+
+
+def region_map(cam: Tensor, label: Tensor, low_threshold: float, high_threshold: float) -> Tensor:
+    """Where the present classes are: 0 background (<= low), 1 uncertain, 2 foreground (>= high); (B, H, W)."""
+    value = (cam * label[:, :, None, None]).amax(dim=1)
+    return (value > low_threshold).short() + (value >= high_threshold).short()
+
+
+def draw_crops(region: Tensor, crop_size: int, count: int) -> Tensor:
+    """Random top-left corners (B, count, 2) of crops centred on uncertain or background pixels.
+
+    Only crops that lie inside the image are drawn, no corner twice. An image with fewer than `count` such
+    centres draws from all positions.
+
+    Args:
+        region: (B, H, W) of `region_map`; H and W exceed `crop_size`.
+    """
+    margin = crop_size // 2
+    centres = region[:, margin : region.shape[1] - margin, margin : region.shape[2] - margin] <= 1
+    width = centres.shape[2]
+    centres = centres.flatten(1)
+    centres = centres | (centres.sum(1, keepdim=True) < count)
+    # the largest of independent uniform numbers are a random subset: no loop over images, no host sync
+    order = torch.rand(centres.shape, device=region.device).masked_fill(~centres, -1.0)
+    chosen = order.topk(count, dim=1).indices
+    return torch.stack([chosen // width, chosen % width], dim=-1)
+
+
+def cut_crops(maps: Tensor, top_left: Tensor, crop_size: int) -> Tensor:
+    """Crops (K, B, ..., crop_size, crop_size) of maps (B, ..., H, W) at top-left corners (B, K, 2)."""
+    windows = maps.unfold(-2, crop_size, 1).unfold(-2, crop_size, 1)  # (B, ..., rows, cols, s, s), a view
+    windows = windows.movedim((-4, -3), (1, 2))
+    batch = torch.arange(len(maps), device=maps.device)[None]
+    rows, cols = top_left.unbind(-1)
+    return windows[batch, rows.T, cols.T]

@@ -1,0 +1,154 @@
+"""`wsss-train`: fit a method on a data set, then evaluate it."""
+
+import logging
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from wsss import InputError, __version__
+from wsss.config import build, run_command
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from wsss.data.datamodule import DataModule
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train, evaluate, and leave a run directory; returns the monitored figure."""
+    import pytorch_lightning as pl
+    import torch
+    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+
+    from wsss.callbacks import FiniteLoss, Provenance, Validated
+    from wsss.metrics import Protocol
+    from wsss.report import print_figures, write_json
+
+    started = time.perf_counter()
+    quieten()
+    run = HydraConfig.get()
+    out, choices = Path(run.runtime.output_dir), run.runtime.choices
+    if (
+        run.mode.name == "MULTIRUN"
+        and str(cfg.trainer.strategy).startswith("ddp")
+        and cfg.trainer.strategy != "ddp_spawn"
+    ):
+        raise InputError(
+            "trainer.strategy=ddp starts this command anew on each device and would repeat the whole sweep there: "
+            "use trainer.strategy=ddp_spawn, or Hydra's submitit launcher"
+        )
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = build_data(cfg)
+    method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
+    method.protocol = Protocol(**cfg.protocol)
+
+    plain = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "dataset")}
+    values = {
+        f"{key}_values": {k: v for k, v in node.items() if k != "_target_"} for key, node in plain.items()
+    }
+    validated = Validated()
+    callbacks: list[pl.Callback] = [
+        FiniteLoss(),
+        Provenance(choices["method"], choices["dataset"], **values),
+        validated,
+        LearningRateMonitor(),
+        ModelCheckpoint(
+            out / "checkpoints",
+            filename="last",
+            every_n_train_steps=cfg.trainer.val_check_interval,
+            enable_version_counter=False,
+        ),
+    ]
+    if data.val is not None:
+        best = ModelCheckpoint(
+            out / "checkpoints",
+            filename="best-step-{step:06d}",
+            monitor=cfg.monitor,
+            mode="max",
+            auto_insert_metric_name=False,
+        )
+        callbacks.append(best)
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar())
+    settings: dict[str, Any] = dict(OmegaConf.to_container(cfg.trainer, resolve=True))
+    settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
+    trainer = pl.Trainer(
+        **settings,
+        logger=build(cfg.logger, "logger") if cfg.logger else False,
+        callbacks=callbacks,
+        default_root_dir=out,
+        use_distributed_sampler=False,  # the endless sampler shards itself
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    if trainer.is_global_zero:
+        (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
+        parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
+        print(
+            f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
+            f"{len(data.train)} images of {data.num_classes} classes, {settings['max_steps']} steps -> {out}"
+        )
+    trainer.fit(method, data)
+    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
+    if data.val is not None and validated.step != trainer.global_step:
+        trainer.validate(method, data, verbose=False)
+
+    figures = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    figures |= {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
+    figures["peak_memory_mb"] = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 2**10)
+    )
+    if trainer.is_global_zero:
+        notes = method.protocol.describe("val", method.cam_scales, method.background_threshold)
+        write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
+        shown = {key: value for key, value in figures.items() if not key.startswith("val/iou/")}
+        print_figures(shown, {f"val/{key}": note for key, note in notes.items()}, f"{out}")
+    return figures.get(cfg.monitor)
+
+
+def build_data(cfg: DictConfig) -> "DataModule":
+    """The data module of a composed configuration."""
+    from wsss.data.datamodule import DataModule
+
+    transform = build(cfg.transform, "transform") if cfg.transform else None
+    train_set, val_set = (build(cfg.dataset, "dataset", split=split) for split in ("train", "val"))
+    return DataModule(train_set, val_set, transform, seed=cfg.seed, **cfg.data)
+
+
+def provenance(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """What a reader of the run directory needs to repeat it."""
+    import pytorch_lightning
+    import timm
+    import torch
+
+    return {
+        "overrides": overrides,
+        "command": " ".join(sys.argv),
+        "seed": cfg.seed,
+        "wsss": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pytorch_lightning.__version__,
+        "timm": timm.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
+    }
+
+
+def quieten() -> None:
+    """Lightning's advice and device listing are not results."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def main() -> None:
+    run_command("train", train)
