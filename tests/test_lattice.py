@@ -47,11 +47,7 @@ def slow_filter(features: np.ndarray, values: np.ndarray) -> np.ndarray:
         nothing = np.zeros(values.shape[1])
         table = {
             key: own
-            + 0.5
-            * (
-                table.get(tuple(np.array(key) + step), nothing)
-                + table.get(tuple(np.array(key) - step), nothing)
-            )
+            + 0.5 * (table.get(tuple(np.array(key) + step), nothing) + table.get(tuple(np.array(key) - step), nothing))
             for key, own in table.items()
         }
     return np.array([sum(w * table[key] for key, w in corner) for corner in corners]) / (1 + 2.0**-d)
@@ -98,9 +94,7 @@ def test_batch_is_filtered_image_by_image(d: int) -> None:
 def test_linear_shift_invariant_and_positive(d: int) -> None:
     features, values = points(1, 80, d), points(1, 80, 2, seed=1)
     lattice = PermutohedralLattice(features)
-    torch.testing.assert_close(
-        lattice(3 * values + 1), 3 * lattice(values) + lattice(torch.ones_like(values))
-    )
+    torch.testing.assert_close(lattice(3 * values + 1), 3 * lattice(values) + lattice(torch.ones_like(values)))
     assert (lattice(values.abs()) > 0).all()
     # Elevated, this is the lattice vector (d+1) * (1, -1, 0, ..): it moves every vertex alike.
     period = torch.zeros(d, dtype=torch.float64)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
 from wsss import RunError
@@ -13,18 +13,19 @@ from wsss import RunError
 class FiniteLoss(pl.Callback):
     """Stops a run whose loss is NaN or infinite, before anything of it is saved.
 
-    On a GPU the losses are looked at every `log_every_n_steps` steps and before each checkpoint, so that the step
+    On a GPU the losses are looked at every `every` steps and before each checkpoint, so that the step
     never waits for the host; the first bad step is the one named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pending.append((trainer.global_step, {**outputs["terms"], "total": outputs["loss"].detach()}))
-        if outputs["loss"].device.type == "cpu" or len(self.pending) >= trainer.log_every_n_steps:
+        if outputs["loss"].device.type == "cpu" or len(self.pending) >= self.every:
             self.check(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -48,21 +49,6 @@ class FiniteLoss(pl.Callback):
                 )
 
 
-class Provenance(pl.Callback):
-    """Writes into every checkpoint which method and data set, with which plain values, it belongs to."""
-
-    def __init__(
-        self, method: str, dataset: str, method_values: dict[str, Any], dataset_values: dict[str, Any]
-    ) -> None:
-        self.names = {"method": method, "dataset": dataset}
-        self.values = {"method_values": method_values, "dataset_values": dataset_values}
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["wsss"] |= self.names | self.values
-
-
 class Validated(pl.Callback):
     """Remembers the step of the last evaluation, so that the final one is not made twice."""
 
@@ -71,3 +57,16 @@ class Validated(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.step = trainer.global_step
+
+
+class StepProgress(RichProgressBar):
+    """Progress in optimizer steps with rate and every loss term; there are no epochs to count."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {
+            key.removeprefix("train/loss_").removeprefix("train/"): v for key, v in metrics.items() if key != "v_num"
+        }

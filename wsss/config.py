@@ -17,8 +17,8 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -47,9 +47,7 @@ def config_dir() -> Path:
     for place in (package / "conf", package.parent / "conf"):
         if (place / "train.yaml").is_file():
             return place
-    raise RuntimeError(
-        f"the installation is damaged: neither {package / 'conf'} nor {package.parent / 'conf'} exists"
-    )
+    raise RuntimeError(f"the installation is damaged: neither {package / 'conf'} nor {package.parent / 'conf'} exists")
 
 
 def run_command(
@@ -164,9 +162,7 @@ def check_choices() -> None:
     choices, given = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
     for override in given:
         if override.partition("=")[0].rpartition(".")[2] == "_target_":
-            raise InputError(
-                f"{override}: a class cannot be set on the command line, choose a group option instead"
-            )
+            raise InputError(f"{override}: a class cannot be set on the command line, choose a group option instead")
     loader = GlobalHydra.instance().config_loader()
     for group in ("transform", "recipe"):
         choice = choices.get(group)
@@ -181,6 +177,12 @@ def check_choices() -> None:
             )
 
 
+def plain(node: DictConfig) -> dict[str, Any]:
+    """The values of a config node, interpolations resolved, as builtin containers; without `_target_`."""
+    values: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return {key: value for key, value in values.items() if key != "_target_"}
+
+
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
     """The object a config node describes: its `_target_`, called with the node's plain values and `extra`.
 
@@ -188,11 +190,11 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         InputError: a mandatory value is missing, or an argument does not exist; `key` names the node.
     """
     try:
-        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        values = plain(node)
     except MissingMandatoryValue as error:
         missing = str(error.full_key or "").removeprefix(f"{key}.")
         raise InputError(f"{key}.{missing} is not set: add {key}.{missing}=... to the command") from error
-    target = hydra.utils.get_object(values.pop("_target_"))
+    target = hydra.utils.get_object(node._target_)
     known = list(inspect.signature(target).parameters)
     unknown = [name for name in values if name not in known]
     if unknown:
@@ -205,9 +207,7 @@ def explain(error: Exception, name: str, arguments: list[str]) -> str:
     text = str(error)
     if isinstance(error, InputError):
         # a loader's worker sends its traceback as the message
-        return (
-            text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
-        )
+        return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option} does not exist: known are {', '.join(error.options)}"
@@ -228,7 +228,7 @@ def _siblings(key: str, name: str, arguments: list[str]) -> str:
     chosen = [a.partition(",")[0] for a in arguments if a.startswith(groups)]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         node: Any = hydra.compose(name, overrides=[*chosen, *([search] if directories else [])])
-    path = []
+    path: list[str] = []
     for part in key.split(".")[:-1]:
         if not isinstance(node, DictConfig) or part not in node:
             key = ".".join([*path, part])

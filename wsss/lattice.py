@@ -102,9 +102,7 @@ class PermutohedralLattice:
         """Filters values (B, N, C) in the lattice's precision. Returns (B, N, C), not normalised."""
         # Sums over bags of weighted rows: sparse matrices times `out`, without atomics, hence reproducible.
         out = values.flatten(0, 1).to(self._slice_weights.dtype)
-        out = F.embedding_bag(
-            self._splat_points, out, self._starts, mode="sum", per_sample_weights=self._splat_weights
-        )
+        out = F.embedding_bag(self._splat_points, out, self._starts, mode="sum", per_sample_weights=self._splat_weights)
         for index, weights in self._blurs:
             out = F.embedding_bag(index, out, mode="sum", per_sample_weights=weights)
         out = F.embedding_bag(self._slice_vertices, out, mode="sum", per_sample_weights=self._slice_weights)

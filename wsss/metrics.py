@@ -33,9 +33,7 @@ class Protocol:
         if self.size is not None and self.size < 1:
             raise InputError(f"protocol.size is {self.size}: expected a positive number of pixels or null")
 
-    def describe(
-        self, split: str, cam_scales: Sequence[float], background_threshold: float
-    ) -> dict[str, str]:
+    def describe(self, split: str, cam_scales: Sequence[float], background_threshold: float) -> dict[str, str]:
         """For each kind of figure the sentence that has to stand beside it."""
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
         scales = ", ".join(f"{s:g}" for s in cam_scales)
@@ -100,7 +98,7 @@ class ClassificationMAP(MultilabelAveragePrecision):
         """logits: (B, C); label: (B, C) 0 or 1."""
         super().update(logits.float().sigmoid(), label.long())
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics inherits it from a curve
         """NaN when no image has a label."""
         occurs = dim_zero_cat(self.target).sum(0) > 0
         with warnings.catch_warnings():

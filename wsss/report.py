@@ -2,16 +2,23 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from wsss.data.datamodule import DataModule
+    from wsss.methods.base import WSSSModule
+
+T = TypeVar("T")
 Array = np.ndarray
 
 
@@ -45,8 +52,8 @@ def colour_map(count: int = 256) -> Array:
 
 
 def paint(mask: Array) -> Array:
-    """(H, W) ids -> (H, W, 3) uint8 in VOC's colours."""
-    return colour_map()[mask.astype(np.uint8)]
+    """(H, W) ids -> (H, W, 3) uint8 in VOC's colours, 255 (ignore) in white."""
+    return np.where((mask == 255)[:, :, None], 255, colour_map()[mask.astype(np.uint8)]).astype(np.uint8)
 
 
 def heat(image: Array, cam: Array) -> Array:
@@ -68,9 +75,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str]
     from PIL import Image, ImageDraw
 
     gap, head = 4, 18
-    sheet = Image.new(
-        "RGB", (len(titles) * (side + gap) + gap, len(rows) * (side + gap) + gap + head), "white"
-    )
+    sheet = Image.new("RGB", (len(titles) * (side + gap) + gap, len(rows) * (side + gap) + gap + head), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         draw.text((gap + x * (side + gap), 3), title, fill="black")
@@ -78,13 +83,59 @@ def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str]
         for x, picture in enumerate(row):
             tile = Image.fromarray(np.ascontiguousarray(picture))
             factor = side / max(tile.size)
-            tile = tile.resize(
-                [max(1, round(length * factor)) for length in tile.size], Image.Resampling.NEAREST
-            )
+            tile = tile.resize([max(1, round(length * factor)) for length in tile.size], Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + x * (side + gap), head + gap + y * (side + gap)))
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: int = 8) -> None:
+    """A grid of the first evaluation images: input, CAM, pseudo label, prediction and truth.
+
+    CAM and pseudo label are those of the image's true labels, as in training; white is undecided.
+    """
+    import torch
+
+    from wsss.refine.cam import resize
+
+    rows: list[list[Array]] = []
+    method.eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (method.mean, method.std))
+    for batch in data.val_dataloader():
+        for index in range(min(len(batch["image"]), count - len(rows))):
+            image, label = (batch[key][index : index + 1].to(method.device) for key in ("image", "label"))
+            size = image.shape[-2:]
+            output = method.infer(image)
+            cam = resize(output["cam"], size) * label[:, :, None, None]
+            with torch.no_grad():
+                pseudo = method.pseudo_label(image, cam, label)[0].cpu().numpy()
+            colours = ((image[0].cpu() * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            row = [colours, heat(colours, cam[0].amax(0).cpu().numpy()), paint(pseudo)]
+            if output["seg"] is not None:
+                row.append(paint(resize(output["seg"], size).argmax(1)[0].cpu().numpy()))
+            if "mask" in batch:
+                row.append(paint(batch["mask"][index].numpy()))
+            rows.append(row)
+        if len(rows) >= count:
+            break
+    titles = ["image", "CAM", "pseudo label"]
+    titles += [
+        title for title, there in (("prediction", output["seg"] is not None), ("truth", "mask" in batch)) if there
+    ]
+    save_grid(path, rows, titles)
+
+
+def progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """The items under a progress bar with their rate."""
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    started = time.perf_counter()
+    with Progress(*columns) as bar:
+        task = bar.add_task(description, total=total, rate="")
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - started):.1f}/s")
 
 
 class SweepTable(Callback):
@@ -98,9 +149,7 @@ class SweepTable(Callback):
             overrides = dict(o.split("=", 1) for o in json.loads(run.read_text())["overrides"])
             metrics = run.with_name("metrics.json")
             jobs.append((overrides, json.loads(metrics.read_text()) if metrics.exists() else {}))
-        varied = [
-            k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1
-        ]
+        varied = [k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1]
         keys = [key for key in SUMMARY if any(key in values for _, values in jobs)]
         table = Table(title=f"sweep {directory}", title_justify="left")
         for key in (*varied, *keys):
@@ -116,6 +165,4 @@ SUMMARY = ("val/map", "val/cam_miou", "val/aux_cam_miou", "val/miou", "seconds",
 
 
 def _cell(value: Any) -> str:
-    return (
-        f"{value:.4f}" if isinstance(value, float) and value < 10 else "" if value is None else f"{value:.0f}"
-    )
+    return f"{value:.4f}" if isinstance(value, float) and value < 10 else "" if value is None else f"{value:.0f}"

@@ -5,18 +5,18 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wsss import InputError, __version__
-from wsss.config import build, run_command
+from wsss.config import build, plain, run_command
 
 if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
     from wsss.data.datamodule import DataModule
 
 
@@ -24,18 +24,18 @@ def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
-    from wsss.callbacks import FiniteLoss, Provenance, Validated
+    from wsss.callbacks import FiniteLoss, StepProgress, Validated
     from wsss.metrics import Protocol
-    from wsss.report import print_figures, write_json
+    from wsss.report import print_figures, save_examples, write_json
 
     started = time.perf_counter()
     quieten()
     run = HydraConfig.get()
     out, choices = Path(run.runtime.output_dir), run.runtime.choices
     if (
-        run.mode.name == "MULTIRUN"
+        run.mode == RunMode.MULTIRUN
         and str(cfg.trainer.strategy).startswith("ddp")
         and cfg.trainer.strategy != "ddp_spawn"
     ):
@@ -48,14 +48,14 @@ def train(cfg: DictConfig) -> float | None:
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
     method.protocol = Protocol(**cfg.protocol)
 
-    plain = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "dataset")}
-    values = {
-        f"{key}_values": {k: v for k, v in node.items() if k != "_target_"} for key, node in plain.items()
+    method.origin = {
+        "method": choices["method"],
+        "dataset": choices["dataset"],
+        "dataset_values": plain(cfg.dataset),
     }
     validated = Validated()
     callbacks: list[pl.Callback] = [
-        FiniteLoss(),
-        Provenance(choices["method"], choices["dataset"], **values),
+        FiniteLoss(cfg.trainer.log_every_n_steps),
         validated,
         LearningRateMonitor(),
         ModelCheckpoint(
@@ -75,8 +75,8 @@ def train(cfg: DictConfig) -> float | None:
         )
         callbacks.append(best)
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
-    settings: dict[str, Any] = dict(OmegaConf.to_container(cfg.trainer, resolve=True))
+        callbacks.append(StepProgress())
+    settings: dict[str, Any] = plain(cfg.trainer)
     settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     trainer = pl.Trainer(
         **settings,
@@ -93,7 +93,7 @@ def train(cfg: DictConfig) -> float | None:
         parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
         print(
             f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
-            f"{len(data.train)} images of {data.num_classes} classes, {settings['max_steps']} steps -> {out}"
+            f"{data.train_size} images of {data.num_classes} classes, {settings['max_steps']} steps -> {out}"
         )
     trainer.fit(method, data)
     trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
@@ -105,14 +105,14 @@ def train(cfg: DictConfig) -> float | None:
     figures["peak_memory_mb"] = (
         torch.cuda.max_memory_allocated() / 2**20
         if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 2**10)
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     )
     if trainer.is_global_zero:
-        notes = method.protocol.describe("val", method.cam_scales, method.background_threshold)
+        notes = method.describe(data.val_name) if data.val is not None else {}
         write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
-        shown = {key: value for key, value in figures.items() if not key.startswith("val/iou/")}
-        print_figures(shown, {f"val/{key}": note for key, note in notes.items()}, f"{out}")
+        if data.val is not None:
+            save_examples(out / "examples.png", method, data)
+        print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
     return figures.get(cfg.monitor)
 
 
@@ -148,6 +148,12 @@ def quieten() -> None:
     """Lightning's advice and device listing are not results."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers",
+        ".*is deprecated, use `isinstance",
+        "You have overridden `on_before_batch_transfer`",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def main() -> None:

@@ -307,15 +307,11 @@ class Calls:
         (np.memmap, "{}"),
     ],
 )
-def test_pickled_calls_are_refused_and_not_made(
-    tmp_path: Path, function: Any, argument: str, protocol: int
-) -> None:
+def test_pickled_calls_are_refused_and_not_made(tmp_path: Path, function: Any, argument: str, protocol: int) -> None:
     touched = tmp_path / "touched"
     calls = Calls(function, argument.format(str(touched)))
     for content in (calls, {"2007_000032": calls}):
-        refused(
-            load_label_dict, dump(tmp_path / "a.npy", content, protocol), function.__name__, "only arrays"
-        )
+        refused(load_label_dict, dump(tmp_path / "a.npy", content, protocol), function.__name__, "only arrays")
     assert not touched.exists()
 
 

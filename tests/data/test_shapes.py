@@ -107,9 +107,7 @@ def test_classes_are_balanced() -> None:
     assert counts.min() > 0.6 * counts.max()
 
 
-@pytest.mark.parametrize(
-    ("size", "scale"), [(64, (0.35, 0.7)), (32, (0.3, 0.3)), (200, (0.9, 1.0)), (8, (1, 1))]
-)
+@pytest.mark.parametrize(("size", "scale"), [(64, (0.35, 0.7)), (32, (0.3, 0.3)), (200, (0.9, 1.0)), (8, (1, 1))])
 def test_object_extent(size: int, scale: tuple[float, float]) -> None:
     shapes = Shapes("val", size=size, object_scale=scale, objects=(1, 1))
     extents = [extent(shapes.mask(i)) for i in range(60)]

@@ -73,9 +73,7 @@ def test_evaluation_items_have_a_mask(root: Path) -> None:
     assert item["mask"][0].tolist() == [0, 1, 2, 255, 0]
 
 
-def test_lists_labels_and_masks_from_elsewhere(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_labels_and_masks_from_elsewhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (root / "cls_labels_onehot.npy").rename(tmp_path / "my.npy")
     (root / "SegmentationClassAug").rename(tmp_path / "my_masks")
@@ -149,9 +147,7 @@ def test_masks_that_do_not_fit(root: Path) -> None:
 
 
 @real
-@pytest.mark.parametrize(
-    ("name", "train", "val", "classes"), [("voc12_mix", 84, 15, 20), ("msrc_v2", 293, 199, 15)]
-)
+@pytest.mark.parametrize(("name", "train", "val", "classes"), [("voc12_mix", 84, 15, 20), ("msrc_v2", 293, 199, 15)])
 def test_real_data(name: str, train: int, val: int, classes: int) -> None:
     root = str(Path(str(DATA), name))
     for split, count in (("train", train), ("val", val)):

@@ -63,9 +63,7 @@ def test_no_box_is_the_whole_image(golden: dict[str, Tensor]) -> None:
 
 def test_empty_box_gives_zero_and_no_gradient(golden: dict[str, Tensor]) -> None:
     image, logits, label, _ = arguments(golden)
-    value, gradient = value_and_gradient(
-        DenseEnergyLoss(), image, logits, label, torch.zeros(2, 4, dtype=torch.long)
-    )
+    value, gradient = value_and_gradient(DenseEnergyLoss(), image, logits, label, torch.zeros(2, 4, dtype=torch.long))
     assert value == 0
     assert not gradient.any()
 

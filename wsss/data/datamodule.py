@@ -37,9 +37,7 @@ class EndlessSampler(Sampler[tuple[int, int]]):
 class _TrainItems(Dataset[dict[str, Any]]):
     """Transformed training items by (position, index): what is drawn depends on seed and position alone."""
 
-    def __init__(
-        self, source: Dataset[dict[str, Any]], transform: Callable[..., Views], module: "DataModule"
-    ) -> None:
+    def __init__(self, source: Dataset[dict[str, Any]], transform: Callable[..., Views], module: "DataModule") -> None:
         self.source, self.transform = source, transform
         self.seed, self.normalise = module.seed, module.normalise
 
@@ -47,10 +45,7 @@ class _TrainItems(Dataset[dict[str, Any]]):
         position, index = key
         item = self.source[index]
         views = self.transform(item["image"], np.random.default_rng([self.seed, 1, position]))
-        tensors = {
-            name: self.normalise(v) if v.dtype == np.uint8 else torch.from_numpy(v)
-            for name, v in views.items()
-        }
+        tensors = {name: self.normalise(v) if v.dtype == np.uint8 else torch.from_numpy(v) for name, v in views.items()}
         # nothing else of the item is passed on: a training batch never holds a mask
         return tensors | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
 
@@ -62,7 +57,7 @@ class _EvalItems(Dataset[dict[str, Any]]):
         self.source, self.normalise = source, module.normalise
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        return len(self.source)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.source[index]
@@ -84,7 +79,8 @@ class DataModule(pl.LightningDataModule):
     for class c and 255 ignore. A training batch has no `mask`. The training loader is endless.
 
     Args:
-        train: data set of items `image` uint8 (H, W, 3), `label` float32 (C,), `id`, with `classes`.
+        train: data set of items `image` uint8 (H, W, 3), `label` float32 (C,), `id`, with `classes`;
+            None to evaluate only.
         val: the same with `mask` uint8 (H, W); None for training without evaluation.
         transform: of training images, see `wsss.data.transforms`; None crops and mirrors.
         batch_size: training images a step and device.
@@ -95,7 +91,7 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[dict[str, Any]],
+        train: Dataset[dict[str, Any]] | None,
         val: Dataset[dict[str, Any]] | None = None,
         transform: Callable[..., Views] | None = None,
         batch_size: int = 2,
@@ -114,25 +110,39 @@ class DataModule(pl.LightningDataModule):
         self.train, self.val, self.transform = train, val, transform or FlipCrop()
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed = seed
-        self.classes: tuple[str, ...] = train.classes  # type: ignore[attr-defined]  # contract of our data sets
+        if train is None and val is None:
+            raise InputError("a DataModule needs a data set to train on or one to evaluate on")
+        self.classes: tuple[str, ...] = (train or val).classes  # type: ignore[union-attr]
         self.num_classes = len(self.classes)
         self.mean: Sequence[float] = (0.485, 0.456, 0.406)
         self.std: Sequence[float] = (0.229, 0.224, 0.225)
 
     def setup(self, stage: str) -> None:
         if self.trainer is not None:  # the method says how it wants its images
-            self.mean, self.std = self.trainer.lightning_module.mean, self.trainer.lightning_module.std
+            method: Any = self.trainer.lightning_module
+            self.mean, self.std = method.mean, method.std
 
     @property
     def normalise(self) -> Callable[[np.ndarray], Tensor]:
         return Normalise(self.mean, self.std)
 
+    @property
+    def train_size(self) -> int:
+        return len(self.train) if self.train is not None else 0  # type: ignore[arg-type]
+
+    @property
+    def val_name(self) -> str:
+        """What is evaluated, for people: the data set's own word for its split, and its size."""
+        return f"{getattr(self.val, 'name', 'val')}, {len(self.val)} images"  # type: ignore[arg-type]
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        if self.train is None:
+            raise InputError("this DataModule has no data set to train on")
         start, rank, world = 0, 0, 1
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world
-        length = len(self.train)  # type: ignore[arg-type]
+        length = len(self.train)  # type: ignore[arg-type]  # torch's Dataset declares no length
         return self._loader(
             _TrainItems(self.train, self.transform, self),
             self.batch_size,
@@ -144,9 +154,7 @@ class DataModule(pl.LightningDataModule):
             return []
         return self._loader(_EvalItems(self.val, self), self.eval_batch_size, shuffle=False)
 
-    def _loader(
-        self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any
-    ) -> DataLoader[dict[str, Any]]:
+    def _loader(self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             items,
             batch_size,
@@ -163,9 +171,7 @@ class Normalise:
     """uint8 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (
-            torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std)
-        )
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
 
     def __call__(self, image: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
@@ -185,9 +191,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
             "set data.eval_batch_size=1"
         )
     return {
-        name: torch.stack([item[name] for item in items])
-        if isinstance(value, Tensor)
-        else [i[name] for i in items]
+        name: torch.stack([item[name] for item in items]) if isinstance(value, Tensor) else [i[name] for i in items]
         for name, value in items[0].items()
     }
 

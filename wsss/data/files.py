@@ -153,9 +153,7 @@ class _LabelUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         key = module.replace("numpy._core", "numpy.core"), name
         if key not in _STAND_INS:
-            raise pickle.UnpicklingError(
-                f"it holds a pickled {module}.{name}, expected only arrays and strings"
-            )
+            raise pickle.UnpicklingError(f"it holds a pickled {module}.{name}, expected only arrays and strings")
         return _STAND_INS[key]
 
 

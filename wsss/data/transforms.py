@@ -16,8 +16,8 @@ from wsss import InputError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
-import albumentations as A  # noqa: E402  (after the setting above)
-import cv2  # noqa: E402
+import albumentations as A
+import cv2
 
 Views = dict[str, np.ndarray]
 
@@ -106,9 +106,7 @@ class ToCoViews:
         self.crop_size, self.scale = crop_size, _check_scale(scale)
         self.released_behaviour = released_behaviour
         self.main, self.local = (self._photometric(jitter, p, solarize=0.0) for p in (blur[0], blur[2]))
-        self.view = A.RandomResizedCrop(
-            (crop_size, crop_size), scale=(0.4, 1.0), interpolation=cv2.INTER_CUBIC
-        )
+        self.view = A.RandomResizedCrop((crop_size, crop_size), scale=(0.4, 1.0), interpolation=cv2.INTER_CUBIC)
         self.global_ = self._photometric(jitter, blur[1], solarize=0.2, first=[self.view])
 
     @staticmethod

@@ -16,9 +16,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-LAYOUT = (
-    "JPEGImages, ImageSets/Segmentation/<list>.txt, cls_labels*.npy and, to evaluate, SegmentationClassAug"
-)
+LAYOUT = "JPEGImages, ImageSets/Segmentation/<list>.txt, cls_labels*.npy and, to evaluate, SegmentationClassAug"
 
 
 class VOC(Dataset[dict[str, Any]]):
@@ -100,9 +98,7 @@ class VOC(Dataset[dict[str, Any]]):
         path = self._find(name) if name.endswith(".txt") else folder / f"{name}.txt"
         if not path.is_file():
             present = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
-            raise InputError(
-                f"{path} does not exist: name a list of {folder} ({present}) or give a .txt file."
-            )
+            raise InputError(f"{path} does not exist: name a list of {folder} ({present}) or give a .txt file.")
         return path
 
     def _label_path(self, given: str | None) -> Path:
@@ -116,9 +112,7 @@ class VOC(Dataset[dict[str, Any]]):
         path = self.root / "class_names.txt"
         names = tuple(given or (read_lines(path) if path.exists() else VOC_CLASSES))
         if len(set(names)) < max(len(names), 1):
-            raise InputError(
-                f"The class names ({', '.join(names)}) must be distinct: correct {path} or classes."
-            )
+            raise InputError(f"The class names ({', '.join(names)}) must be distinct: correct {path} or classes.")
         return names
 
     def _pick(self, found: Mapping[str, T], what: str) -> list[T]:

@@ -49,9 +49,7 @@ class DenseEnergyLoss(nn.Module):
         self.strength = strength
         self.ignore_index = ignore_index
 
-    def forward(
-        self, image: Tensor, seg_logits: Tensor, label: Tensor, image_box: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, image: Tensor, seg_logits: Tensor, label: Tensor, image_box: Tensor | None = None) -> Tensor:
         """Returns the scalar loss.
 
         Args:
@@ -74,8 +72,7 @@ class DenseEnergyLoss(nn.Module):
         inside = _box_mask(image_box, image) if image_box is not None else torch.ones_like(image[:, :1])
         undecided = (label == self.ignore_index)[:, None].float()
         small_image, small_inside, small_undecided = (
-            F.interpolate(x.float(), scale_factor=self.scale, mode="nearest")
-            for x in (image, inside, undecided)
+            F.interpolate(x.float(), scale_factor=self.scale, mode="nearest") for x in (image, inside, undecided)
         )
         response = self._response(small_image, probs.detach(), small_inside, small_undecided)
         # The gradient of a quadratic form is twice its matrix times the vector, but only `probs` is

@@ -1,6 +1,7 @@
 """What all methods share: logging, evaluation steps and checkpoint contents. No training logic."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -49,27 +50,27 @@ class WSSSModule(pl.LightningModule):
         self.background_threshold = background_threshold
         self.cam_scales = tuple(cam_scales)
         self.protocol = Protocol()
+        self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
         self.loss_weights: dict[str, float] = {}
         for key, settings in losses.items():
             if key not in computed:
-                raise InputError(
-                    f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}"
-                )
+                raise InputError(f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}")
             if settings is not None:
                 arguments = dict(settings)
                 self.loss_weights[key] = float(arguments.pop("weight", 1.0))
                 self.losses[key] = build(key, **arguments)
-        self.metrics = nn.ModuleDict({"map": ClassificationMAP(num_classes)})
+        metrics = nn.ModuleDict({"map": ClassificationMAP(num_classes)})
         for key in ("miou", *(f"{name}_miou" for name in self.cam_names)):
-            self.metrics[key] = SegmentationIoU(num_classes + 1)
+            metrics[key] = SegmentationIoU(num_classes + 1)
+        self.metrics: Any = metrics
 
     def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
         """Weighted sum of the loss terms, logged with its parts; what `training_step` returns."""
         total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
         self.log("train/loss", total.detach(), prog_bar=True)
         parts = {key: term.detach() for key, term in terms.items()}
-        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()})
+        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True)
         return {"loss": total, "terms": parts}
 
     def raw_cam(self, image: Tensor) -> Tensor:
@@ -90,6 +91,11 @@ class WSSSModule(pl.LightningModule):
     def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
         return cam_to_label(cam, label, self.background_threshold)
+
+    def describe(self, split: str) -> dict[str, str]:
+        """For each evaluated figure what it was measured on and under which protocol."""
+        notes = self.protocol.describe(split, self.cam_scales, self.background_threshold)
+        return {f"val/{key}": note for key, note in notes.items()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         output, label = self.infer(batch["image"]), batch["label"]
@@ -117,4 +123,5 @@ class WSSSModule(pl.LightningModule):
         self.log_dict({f"val/{key}": value for key, value in figures.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["wsss"] = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
+        images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
+        checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin

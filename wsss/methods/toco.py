@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -135,9 +136,7 @@ class ToCo(WSSSModule):
         self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
         self.phases = sorted(map(dict, phases), key=lambda phase: phase["until"])
         for phase in self.phases:
-            unknown = set(phase) - {"until", "weights", "pseudo_label_from"} | set(phase["weights"]) - set(
-                computed
-            )
+            unknown = set(phase) - {"until", "weights", "pseudo_label_from"} | set(phase["weights"]) - set(computed)
             if unknown or phase.get("pseudo_label_from", "cam") not in self.cam_names:
                 raise InputError(
                     f"phases holds {phase}: expected until, weights (of {', '.join(computed)}) and "
@@ -179,7 +178,7 @@ class ToCo(WSSSModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label, box = batch["image"], batch["label"], batch["image_box"]
-        phase = next((p for p in self.phases if self.global_step <= p["until"]), {"weights": {}})
+        phase: Mapping[str, Any] = next((p for p in self.phases if self.global_step <= p["until"]), {"weights": {}})
         changed = {key: weight for key, weight in phase["weights"].items() if key in self.losses}
         weights = {key: w for key, w in (self.loss_weights | changed).items() if w is not None}
         terms: dict[str, Tensor] = {}
@@ -240,7 +239,7 @@ class ToCo(WSSSModule):
     @torch.no_grad()
     def update_teacher(self) -> None:
         """Exponential moving average of the projector; the gains and biases follow too."""
-        teacher, student = (list(m.parameters()) for m in (self.teacher_projector, self.projector))
+        teacher, student = ([p.data for p in m.parameters()] for m in (self.teacher_projector, self.projector))
         torch._foreach_lerp_(teacher, student, 1 - self.ema_momentum)
 
     def pseudo_label(
@@ -253,9 +252,7 @@ class ToCo(WSSSModule):
     ) -> Tensor:
         """(B, H, W) ids from the CAM refined by PAR; 255 where undecided or outside the box."""
         if box is None:
-            box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(
-                len(image), -1
-            )
+            box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(len(image), -1)
         colours = self.colours(image)
         colours = colours.to(torch.uint8).float() if self.released_behaviour else colours.clamp(0, 255)
         return refine_cam(
@@ -272,12 +269,11 @@ class ToCo(WSSSModule):
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         mean, std = (
-            image.new_tensor([255 * value for value in values])[:, None, None]
-            for values in (self.mean, self.std)
+            image.new_tensor([255 * value for value in values])[:, None, None] for values in (self.mean, self.std)
         )
         return image * std + mean
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = [self.classifier, self.aux_classifier, self.projector, self.decoder]
         groups = [
             {"params": [p for p in self.encoder.parameters() if p.requires_grad], "lr": self.lr},

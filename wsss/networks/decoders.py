@@ -13,9 +13,8 @@ class LargeFOV(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, channels: int = 512, dilation: int = 5) -> None:
         super().__init__()
-        same = {"padding": dilation, "dilation": dilation, "bias": False}
-        self.conv6 = nn.Conv2d(in_channels, channels, 3, **same)
-        self.conv7 = nn.Conv2d(channels, channels, 3, **same)
+        self.conv6 = nn.Conv2d(in_channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv7 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
         self.conv8 = nn.Conv2d(channels, out_channels, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -39,9 +38,10 @@ class Projector(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-2.0, b=2.0)
-            nn.init.zeros_(layer.bias)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02, a=-2.0, b=2.0)
+                nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(bottleneck, out, bias=False))
         gain = self.last_layer.parametrizations.weight.original0
         nn.init.ones_(gain)

@@ -59,18 +59,22 @@ class ViTEncoder(nn.Module):
         self.aux_block = aux_layer % depth
         self.embed_dim: int = self.vit.embed_dim
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
+        assert self.vit.pos_embed is not None
         self.vit.pos_embed.requires_grad_(False)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens after the position embedding, (B, 1 + h*w, D) with the class token first, and (h, w)."""
         patches = self.vit.patch_embed.proj(image)  # (B, D, h, w)
         h, w = patches.shape[-2:]
-        class_position, grid = self.vit.pos_embed[:, :1], self.vit.pos_embed[:, 1:]
+        class_token, position = self.vit.cls_token, self.vit.pos_embed
+        assert class_token is not None  # create_vit has seen to it
+        assert position is not None
+        grid = position[:, 1:]
         side = int(grid.shape[1] ** 0.5)
         grid = grid.transpose(1, 2).unflatten(2, (side, side))
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        class_token = (self.vit.cls_token + class_position).expand(len(image), -1, -1)
-        return torch.cat([class_token, (patches + grid).flatten(2).transpose(1, 2)], dim=1), (h, w)
+        first = (class_token + position[:, :1]).expand(len(image), -1, -1)
+        return torch.cat([first, (patches + grid).flatten(2).transpose(1, 2)], dim=1), (h, w)
 
     def forward(self, image: Tensor) -> Tokens:
         """image: (B, 3, H, W) normalised."""
@@ -153,12 +157,8 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"weights file {path} cannot be read as a file of tensors: {reason}") from error
     for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
+        if isinstance(content, dict) and isinstance(inner := content.get(key), dict):
+            content = inner
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"weights file {path} holds no state dict: expected a mapping from names to tensors")
     return content

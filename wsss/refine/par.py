@@ -121,8 +121,6 @@ def refine_cam(
         [torch.cat([torch.full_like(cam[:, :1], t), cam], dim=1).softmax(dim=1) for t in thresholds], dim=1
     )
     ids = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)  # (B, 1 + K) class id of each channel
-    low, high = (
-        ids[rows[:, :, None], part.argmax(dim=1)] for part in resize(par(image, scores), size).chunk(2, dim=1)
-    )
+    low, high = (ids[rows[:, :, None], part.argmax(dim=1)] for part in resize(par(image, scores), size).chunk(2, dim=1))
     result = torch.where(high != 0, high, torch.where(low == 0, 0, ignore_index))
     return torch.where(valid, result, ignore_index)

@@ -1,0 +1,105 @@
+"""`wsss-eval`: measure a checkpoint on a data set."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.config import build, plain, quote, run_command, value_of
+
+if TYPE_CHECKING:
+    from wsss.methods.base import WSSSModule
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
+    import pytorch_lightning as pl
+
+    from wsss.data.datamodule import DataModule
+    from wsss.report import print_figures, save_examples, write_json
+    from wsss.train import quieten
+
+    quieten()
+    out = Path(HydraConfig.get().runtime.output_dir)
+    val = build(cfg.dataset, "dataset", split="val")
+    data = DataModule(None, val, seed=cfg.seed, **cfg.data)
+    method = load_method(cfg, data.classes)
+    trainer = pl.Trainer(**plain(cfg.trainer), logger=False, enable_model_summary=False)
+    trainer.validate(method, data, verbose=False)
+    figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    notes = method.describe(data.val_name)
+    write_json(
+        out / "metrics.json",
+        {"checkpoint": cfg.checkpoint} | figures | {f"protocol/{k}": v for k, v in notes.items()},
+    )
+    save_examples(out / "examples.png", method, data)
+    print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
+    return figures
+
+
+def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSSSModule":
+    """The method of `cfg.checkpoint`: its class from conf/, its values and weights from the file.
+
+    `classes`, where given, are those of a data set that the checkpoint has to agree with.
+    """
+    from wsss.checkpoints import load_weights, read_checkpoint
+    from wsss.metrics import Protocol
+
+    checkpoint = read_checkpoint(cfg.checkpoint)
+    known = tuple(checkpoint["wsss"]["classes"])
+    if classes is not None and classes != known:
+        raise InputError(
+            f"checkpoint {cfg.checkpoint} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data set has "
+            f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next
+        method = build(cfg.method, "method", num_classes=len(known), classes=known)
+    load_weights(method, checkpoint, cfg.checkpoint)
+    method.mean, method.std = tuple(checkpoint["wsss"]["mean"]), tuple(checkpoint["wsss"]["std"])
+    method.protocol = Protocol(**cfg.protocol)
+    return method
+
+
+def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
+    """The command line with what the checkpoint says in front: names of method and data set and their values.
+
+    What the user gives comes later and wins.
+
+    Raises:
+        InputError: no checkpoint is given, it cannot be read, or another method was asked for.
+    """
+    from wsss.checkpoints import read_checkpoint
+
+    options = [o for o in overrides if o.startswith("-")]
+    given = value_of(overrides, "checkpoint")
+    if given is None:
+        raise InputError("checkpoint is not set: add checkpoint=FILE, e.g. outputs/.../checkpoints/last.ckpt")
+    sweep = {"-m", "--multirun"} & set(options)
+    checkpoint = read_checkpoint(given.split("','")[0] if sweep else given)
+    origin = checkpoint["wsss"]
+    for key in ("method", "dataset") if dataset else ("method",):
+        asked = value_of(overrides, key)
+        if key == "method" and asked not in (None, origin[key]):
+            raise InputError(
+                f"method={asked} was asked for, but checkpoint {given} is of method={origin[key]}: leave it out"
+            )
+    stored = [f"method={origin['method']}"]
+    # the weights come from this file, not from where training started
+    values = {"method": checkpoint["hyper_parameters"] | {"weights": None}, "protocol": origin["protocol"]}
+    if dataset:
+        same = value_of(overrides, "dataset") in (None, origin["dataset"])
+        stored += [f"dataset={origin['dataset']}"] if same else []
+        values |= {"dataset": origin["dataset_values"]} if same else {}
+    stored += [f"{group}.{key}={quote(value)}" for group, node in values.items() for key, value in node.items()]
+    names = {o.partition("=")[0] for o in overrides}
+    stored = [o for o in stored if o.partition("=")[0] not in names]
+    first = next((i for i, o in enumerate(overrides) if not o.startswith("-") and "=" in o), len(overrides))
+    return [*overrides[:first], *stored, *overrides[first:]]
+
+
+def main() -> None:
+    run_command("eval", evaluate, from_checkpoint)

@@ -1,0 +1,102 @@
+"""`wsss-predict`: masks for a folder of photographs."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.config import run_command
+
+
+def predict(cfg: DictConfig) -> int:
+    """Write masks, overlays and, if asked for, CAMs of every image; returns the number of images."""
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    from wsss.data.folder import Photographs, find_images
+    from wsss.evaluate import load_method
+    from wsss.refine.cam import cam_to_label, resize
+    from wsss.report import colour_map, overlay, progress
+
+    paths = find_images(Path(cfg.images).expanduser())
+    out = Path(cfg.out).expanduser()
+    if out.is_file():
+        raise InputError(f"out={out} is a file: give a folder")
+    method = load_method(cfg)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method.to(device).eval()
+    names = output_names(paths)
+    loader: DataLoader[Any] = DataLoader(
+        Photographs(list(paths.values()), method.mean, method.std),
+        batch_size=None,
+        num_workers=cfg.num_workers,
+    )
+    palette = colour_map().tobytes()
+    failed, absent = [], np.zeros(method.num_classes, np.int64)
+    for name, (image, tensor) in progress(zip(names, loader, strict=True), len(names), "predicting"):
+        if isinstance(image, str):
+            failed.append(image)
+            continue
+        output = method.infer(tensor[None].to(device))
+        present = (output["logits"].sigmoid() > cfg.class_threshold).float()  # (1, C)
+        size = image.shape[:2]
+        if output["seg"] is not None:
+            mask = resize(output["seg"], size).argmax(1)
+        else:
+            mask = cam_to_label(resize(output["cam"], size), present, method.background_threshold)
+        ids = mask[0].to(torch.uint8).cpu().numpy()
+        picture = Image.fromarray(ids)
+        picture.putpalette(palette)
+        save(picture, out / "masks" / f"{name}.png")
+        if cfg.overlay:
+            save(Image.fromarray(overlay(image, ids)), out / "overlays" / f"{name}.jpg")
+        if cfg.cam:
+            kept = present[0].nonzero()[:, 0]
+            cam = resize(output["cam"][:, kept], size)[0] if len(kept) else output["cam"][0, :0]
+            save_arrays(out / "cams" / f"{name}.npz", cam=cam.half().cpu().numpy(), ids=(kept + 1).cpu().numpy())
+        absent += np.bincount(ids.ravel(), minlength=method.num_classes + 1)[1 : method.num_classes + 1] == 0
+    done = len(names) - len(failed)
+    found = {c: done - int(n) for c, n in zip(method.classes, absent, strict=True) if done - n}
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda i: -i[1])) or "none"
+    print(f"{done} masks -> {out / 'masks'}; images with each class: {listed}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(names)} images could not be read and have no mask: {' '.join(failed[:3])}"
+        )
+    return done
+
+
+def output_names(paths: dict[Path, Path]) -> list[str]:
+    """Names without suffix, relative to the output folder; files that differ in their suffix alone keep it."""
+    stems = Counter(path.with_suffix("") for path in paths)
+    return [str(p if stems[p.with_suffix("")] > 1 else p.with_suffix("")) for p in paths]
+
+
+def save(picture: Any, path: Path) -> None:
+    """Write an image whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    picture.save(temporary, format="PNG" if path.suffix == ".png" else "JPEG", quality=90)
+    os.replace(temporary, path)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez_compressed(temporary, allow_pickle=False, **arrays)
+    os.replace(temporary, path)
+
+
+def prepare(overrides: list[str]) -> list[str]:
+    from wsss.evaluate import from_checkpoint
+
+    return from_checkpoint(overrides, dataset=False)
+
+
+def main() -> None:
+    run_command("predict", predict, prepare)
