@@ -1,11 +1,15 @@
-"""Checkpoints: reading them safely, and what they say about themselves."""
+"""Checkpoints: reading them safely, what they say about themselves, and those of the original repositories."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wsss import InputError
+from wsss.networks.vit import read_state_dict
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -45,3 +49,162 @@ def load_weights(method: torch.nn.Module, checkpoint: dict[str, Any], path: str)
     if said:
         raise InputError(f"checkpoint {path} does not fit {type(method).__name__}: it {' and '.join(said)}")
     method.load_state_dict(theirs)
+
+
+TOCO_MODULES = {"encoder.vit.": "encoder.", "projector.": "proj_head.", "teacher_projector.": "proj_head_t."}
+"""First part of our names -> the original's; classifier, aux_classifier and decoder are called the same."""
+
+TOCO_PARAMETERS = {
+    ".parametrizations.weight.original0": ".weight_g",  # gains of the weight normalisation
+    ".parametrizations.weight.original1": ".weight_v",  # directions
+}
+"""Last part of our names -> the original's."""
+
+TOCO_HEAD = "encoder.head."
+"""The ImageNet classifier: the original keeps it in every checkpoint and never uses it."""
+
+TOCO_SHAPES = {
+    "encoder.vit.cls_token": "1 1 width",
+    "encoder.vit.pos_embed": "1 positions width",
+    "encoder.vit.patch_embed.proj.weight": "width 3 patch patch",
+    "encoder.vit.patch_embed.proj.bias": "width",
+    "encoder.vit.blocks.*.norm1.weight": "width",
+    "encoder.vit.blocks.*.norm1.bias": "width",
+    "encoder.vit.blocks.*.attn.qkv.weight": "3*width width",
+    "encoder.vit.blocks.*.attn.qkv.bias": "3*width",
+    "encoder.vit.blocks.*.attn.proj.weight": "width width",
+    "encoder.vit.blocks.*.attn.proj.bias": "width",
+    "encoder.vit.blocks.*.norm2.weight": "width",
+    "encoder.vit.blocks.*.norm2.bias": "width",
+    "encoder.vit.blocks.*.mlp.fc1.weight": "mlp width",
+    "encoder.vit.blocks.*.mlp.fc1.bias": "mlp",
+    "encoder.vit.blocks.*.mlp.fc2.weight": "width mlp",
+    "encoder.vit.blocks.*.mlp.fc2.bias": "width",
+    "encoder.vit.norm.weight": "width",
+    "encoder.vit.norm.bias": "width",
+    "encoder.head.weight": "1000 width",
+    "encoder.head.bias": "1000",
+    "classifier.weight": "classes width 1 1",
+    "aux_classifier.weight": "classes width 1 1",
+    "decoder.conv6.weight": "channels width 3 3",
+    "decoder.conv7.weight": "channels channels 3 3",
+    "decoder.conv8.weight": "1+classes channels 1 1",
+    "projector.mlp.0.weight": "hidden width",
+    "projector.mlp.0.bias": "hidden",
+    "projector.mlp.2.weight": "hidden hidden",
+    "projector.mlp.2.bias": "hidden",
+    "projector.mlp.4.weight": "bottleneck hidden",
+    "projector.mlp.4.bias": "bottleneck",
+    "projector.last_layer.parametrizations.weight.original0": "out 1",
+    "projector.last_layer.parametrizations.weight.original1": "out bottleneck",
+}
+"""Our names and the shapes of their tensors; `*` is every block. The teacher's projector is like the student's."""
+
+
+def _rename(name: str, first: Mapping[str, str], last: Mapping[str, str]) -> str:
+    """`name` with its first and its last part replaced where the tables know them."""
+    head = next((part for part in first if name.startswith(part)), "")
+    tail = next((part for part in last if name.endswith(part)), "")
+    return first.get(head, "") + name[len(head) : len(name) - len(tail)] + last.get(tail, "")
+
+
+def toco_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the original ToCo code -> ours: `module.` is removed, the unused ImageNet head left out.
+
+    Both layouts of weight normalisation are understood, `weight_g` and `parametrizations.weight.original0`.
+    """
+    return {name: tensor for name, tensor in _our_names(state).items() if not name.startswith(TOCO_HEAD)}
+
+
+def _our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`toco_from_official` with the head, under the name it has there."""
+    modules = {theirs: ours for ours, theirs in TOCO_MODULES.items()} | {TOCO_HEAD: TOCO_HEAD}
+    modules = dict(sorted(modules.items(), key=lambda item: -len(item[0])))  # the head before its encoder
+    parameters = {theirs: ours for ours, theirs in TOCO_PARAMETERS.items()}
+    return {_rename(name.replace("module.", ""), modules, parameters): tensor for name, tensor in state.items()}
+
+
+def toco_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> those of the original ToCo code, whose strict loading also wants the head: zeros."""
+    official = {_rename(name, TOCO_MODULES, TOCO_PARAMETERS): tensor for name, tensor in state.items()}
+    width = official["encoder.norm.bias"]
+    head = {f"{TOCO_HEAD}weight": width.new_zeros(1000, len(width)), f"{TOCO_HEAD}bias": width.new_zeros(1000)}
+    return official | head
+
+
+def read_official_toco(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a checkpoint of the original ToCo code (`model_iter_<n>.pth`), under our names, float32.
+
+    The file is read without executing anything of it, and every name and shape is checked; only the ImageNet
+    head may be absent.
+
+    Returns:
+        The state dict of `wsss.methods.toco.ToCo`, and the arguments of its constructor that the file itself
+        tells: `num_classes`, `backbone_args`, `decoder_channels`, `projector`. No tensor tells the number of
+        attention heads: it is the backbone's, or has to be added to `backbone_args`.
+
+    Raises:
+        InputError: the file is missing, damaged, or not such a checkpoint; names what is wrong.
+    """
+    content = {str(name): tensor for name, tensor in read_state_dict(path).items()}
+    state = _our_names(content)
+    blocks = {name.split(".")[3] for name in state if name.startswith("encoder.vit.blocks.")}
+    shapes = {
+        name.replace("*", str(index)): axes
+        for name, axes in TOCO_SHAPES.items()
+        for index in range(len(blocks) if "*" in name else 1)
+    }
+    shapes |= {f"teacher_{name}": axes for name, axes in shapes.items() if name.startswith("projector.")}
+    sizes: dict[str, int] = {}
+    faults = {
+        "lacks": [name for name in shapes if name not in state and not name.startswith(TOCO_HEAD)],
+        "has unknown": [name for name in state if name not in shapes],
+        "has no float weights or an unexpected shape in": [
+            name
+            for name, axes in shapes.items()
+            if name in state and not (state[name].is_floating_point() and _fits(state[name], axes, sizes))
+        ],
+    }
+    side = math.isqrt(max(sizes.get("positions", 0) - 1, 0))
+    if 1 + side**2 != sizes.get("positions", 1 + side**2):
+        faults["has a grid of positions that is no square in"] = ["encoder.vit.pos_embed"]
+    said = []
+    for what, names in faults.items():
+        theirs = [_rename(name, TOCO_MODULES, TOCO_PARAMETERS) for name in names]
+        said += [f"{what} {', '.join(theirs[:3])} ({len(names)} in all)"] if names else []
+    if len(state) < len(content):
+        said.append("has some weights twice under different names")
+    if said:
+        raise InputError(
+            f"weights file {path} is no checkpoint of the original ToCo code: it {' and '.join(said)}; give a "
+            "model_iter_<n>.pth of a ViT-B or DeiT-B run, or a checkpoint of wsss-train"
+        )
+    values = {
+        "num_classes": sizes["classes"],
+        "backbone_args": {
+            "embed_dim": sizes["width"],
+            "depth": len(blocks),
+            "patch_size": sizes["patch"],
+            "img_size": side * sizes["patch"],
+            "mlp_ratio": sizes["mlp"] / sizes["width"],
+        },
+        "decoder_channels": sizes["channels"],
+        "projector": {key: sizes[key] for key in ("hidden", "bottleneck", "out")},
+    }
+    return {name: tensor.float() for name, tensor in toco_from_official(content).items()}, values
+
+
+def _fits(tensor: Tensor, axes: str, sizes: dict[str, int]) -> bool:
+    """Whether a shape is the one described; a size met for the first time is entered into `sizes`."""
+    described = axes.split()
+    if tensor.ndim != len(described) or tensor.numel() == 0:
+        return False
+    expected = []
+    for axis, size in zip(described, tensor.shape, strict=True):
+        if axis == "3*width":
+            expected.append(3 * sizes.get("width", 0))
+        elif axis == "1+classes":
+            expected.append(1 + sizes.get("classes", 0))
+        else:
+            expected.append(int(axis) if axis.isdigit() else sizes.setdefault(axis, size))
+    return list(tensor.shape) == expected

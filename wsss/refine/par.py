@@ -54,7 +54,8 @@ class PAR(nn.Module):
     def weights(self, image: Tensor) -> Tensor:
         """(B, N, h, w) weight of every neighbour for every pixel of images (B, 3, h, w) in [0, 1]."""
         around = torch.stack(self.neighbours(image))  # (N, B, 3, h, w)
-        spread = around.std(dim=0) + 1e-8
+        centred = around - around.mean(dim=0)
+        spread = (centred.square().sum(dim=0) / (len(around) - 1)).sqrt() + 1e-8  # Tensor.std is many times slower
         colour = -((around - image).abs_() / spread / self.w1).square().mean(dim=2)  # (N, B, h, w)
         return (colour.softmax(dim=0) + self.position[:, None, None, None]).transpose(0, 1)
 
@@ -121,6 +122,8 @@ def refine_cam(
         [torch.cat([torch.full_like(cam[:, :1], t), cam], dim=1).softmax(dim=1) for t in thresholds], dim=1
     )
     ids = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)  # (B, 1 + K) class id of each channel
-    low, high = (ids[rows[:, :, None], part.argmax(dim=1)] for part in resize(par(image, scores), size).chunk(2, dim=1))
+    low, high = (
+        ids[rows[:, :, None], part.max(dim=1).indices] for part in resize(par(image, scores), size).chunk(2, dim=1)
+    )
     result = torch.where(high != 0, high, torch.where(low == 0, 0, ignore_index))
     return torch.where(valid, result, ignore_index)
