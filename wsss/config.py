@@ -64,18 +64,15 @@ def run_command(
     failures: list[int] = []
     job = _job(name, task, failures)
     main = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)
-    code = 0
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
         main()
     except (InputError, HydraException, OmegaConfBaseException) as error:
-        code = _say(name, explain(error, name, arguments), 2)
-    except RunError as error:
-        code = _say(name, str(error), 1)
-    if code or failures:
-        sys.exit(code or max(failures))
+        failures.append(_say(name, explain(error, name, arguments), 2))
+    if failures:
+        sys.exit(max(failures))
 
 
 def _say(name: str, sentence: str, code: int) -> int:
@@ -84,7 +81,7 @@ def _say(name: str, sentence: str, code: int) -> int:
 
 
 def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> Callable[[DictConfig], Any]:
-    """`task` with its mistakes handled: a failed job of a sweep is reported and counted, the others go on."""
+    """`task`, whose failures are said and noted rather than raised: the other jobs of a sweep go on."""
 
     def job(cfg: DictConfig) -> Any:
         run = HydraConfig.get()
@@ -92,13 +89,11 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
         try:
             check_choices()
             return task(cfg)
-        except (InputError, RunError) as error:
+        except (InputError, RunError, OmegaConfBaseException) as error:
             if out.is_dir() and not any(out.iterdir()):
                 out.rmdir()  # Hydra made it before we could look
-            if run.mode != RunMode.MULTIRUN:
-                raise
-            sentence = f"job {run.job.num} ({run.job.override_dirname}): {explain(error, name, [])}"
-            failures.append(_say(name, sentence, 2 if isinstance(error, InputError) else 1))
+            place = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
+            failures.append(_say(name, place + explain(error, name, []), 1 if isinstance(error, RunError) else 2))
             return math.nan
 
     job.__name__ = task.__name__
@@ -141,7 +136,9 @@ def quote(value: Any) -> str:
         return "{" + ",".join(f"{k}:{quote(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(quote, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
 
 
 def value_of(overrides: Iterable[str], key: str) -> str | None:
@@ -183,6 +180,14 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "_target_"}
 
 
+def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values with existing paths made absolute, so that they hold from any working directory."""
+    return {
+        key: os.path.abspath(value) if key in PATH_KEYS and isinstance(value, str) and os.path.exists(value) else value
+        for key, value in values.items()
+    }
+
+
 def build(node: DictConfig, key: str, **extra: Any) -> Any:
     """The object a config node describes: its `_target_`, called with the node's plain values and `extra`.
 
@@ -205,7 +210,7 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
 def explain(error: Exception, name: str, arguments: list[str]) -> str:
     """One sentence about a configuration error, with what would have been possible."""
     text = str(error)
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | RunError):
         # a loader's worker sends its traceback as the message
         return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
     if isinstance(error, MissingConfigException) and error.options is not None:

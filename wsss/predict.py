@@ -34,15 +34,17 @@ def predict(cfg: DictConfig) -> int:
     loader: DataLoader[Any] = DataLoader(
         Photographs(list(paths.values()), method.mean, method.std),
         batch_size=None,
+        collate_fn=tuple,  # keeps the arrays: the default turns them into tensors
         num_workers=cfg.num_workers,
     )
     palette = colour_map().tobytes()
-    failed, absent = [], np.zeros(method.num_classes, np.int64)
+    failed: list[str] = []
+    found: Counter[str] = Counter()
     for name, (image, tensor) in progress(zip(names, loader, strict=True), len(names), "predicting"):
         if isinstance(image, str):
             failed.append(image)
             continue
-        output = method.infer(tensor[None].to(device))
+        output = method.infer(tensor[None].to(device), cams=cfg.cam)
         present = (output["logits"].sigmoid() > cfg.class_threshold).float()  # (1, C)
         size = image.shape[:2]
         if output["seg"] is not None:
@@ -59,10 +61,9 @@ def predict(cfg: DictConfig) -> int:
             kept = present[0].nonzero()[:, 0]
             cam = resize(output["cam"][:, kept], size)[0] if len(kept) else output["cam"][0, :0]
             save_arrays(out / "cams" / f"{name}.npz", cam=cam.half().cpu().numpy(), ids=(kept + 1).cpu().numpy())
-        absent += np.bincount(ids.ravel(), minlength=method.num_classes + 1)[1 : method.num_classes + 1] == 0
+        found.update(method.classes[c - 1] for c in np.unique(ids) if c > 0)
     done = len(names) - len(failed)
-    found = {c: done - int(n) for c, n in zip(method.classes, absent, strict=True) if done - n}
-    listed = ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda i: -i[1])) or "none"
+    listed = ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
     print(f"{done} masks -> {out / 'masks'}; images with each class: {listed}")
     if failed:
         raise InputError(

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wsss import InputError, __version__
-from wsss.config import build, plain, run_command
+from wsss.config import absolute_paths, build, plain, run_command
 
 if TYPE_CHECKING:
     from wsss.data.datamodule import DataModule
@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> float | None:
     method.origin = {
         "method": choices["method"],
         "dataset": choices["dataset"],
-        "dataset_values": plain(cfg.dataset),
+        "dataset_values": absolute_paths(plain(cfg.dataset)),
     }
     validated = Validated()
     callbacks: list[pl.Callback] = [

@@ -79,14 +79,20 @@ class WSSSModule(pl.LightningModule):
         return torch.cat([output[name] for name in self.cam_names], dim=1)
 
     @torch.no_grad()
-    def infer(self, image: Tensor) -> dict[str, Tensor]:
-        """`forward` at the protocol's size, with CAMs multi-scale, normalised to [0, 1) and at image size."""
+    def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
+        """`forward` at the protocol's size, with CAMs multi-scale, normalised to [0, 1) and at image size.
+
+        Without `cams` a method with a segmentation head leaves the CAMs as `forward` gave them, which spares the
+        passes at the other scales.
+        """
         if self.protocol.size is not None:
             image = resize(image, (self.protocol.size, self.protocol.size))
         output = self(image)
+        if not cams and output["seg"] is not None:
+            return output
         first = torch.cat([output[name] for name in self.cam_names], dim=1)
-        cams = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(len(self.cam_names), dim=1)
-        return output | dict(zip(self.cam_names, cams, strict=True))
+        maps = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(len(self.cam_names), dim=1)
+        return output | dict(zip(self.cam_names, maps, strict=True))
 
     def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
