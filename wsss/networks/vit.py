@@ -34,7 +34,8 @@ class ViTEncoder(nn.Module):
     Args:
         backbone: timm name of a plain vision transformer with one class token.
         weights: None for random weights, a timm tag (`orig_in21k_ft_in1k`), or a `.pth` or `.safetensors` file.
-        arguments: what timm's constructor takes, e.g. `depth`, `embed_dim`, `patch_size`, `img_size`; None leaves one as it is.
+        arguments: what timm's constructor takes, e.g. `depth`, `embed_dim`, `patch_size`, `img_size`;
+            None leaves one as it is.
         aux_layer: index into the list of block outputs (whose last entry is normalised); -3 is the tenth
             of twelve blocks.
 
