@@ -152,8 +152,8 @@ class SweepTable(Callback):
         varied = [k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1]
         keys = [key for key in SUMMARY if any(key in values for _, values in jobs)]
         table = Table(title=f"sweep {directory}", title_justify="left")
-        for key in (*varied, *keys):
-            table.add_column(key, justify="right")
+        for key in (*varied, *keys):  # short names: eight columns have to fit a terminal
+            table.add_column(".".join(key.removeprefix("val/").split(".")[-2:]), justify="right", overflow="fold")
         for overrides, values in jobs:
             cells = [_cell(values.get(key)) if values else "failed" for key in keys]
             table.add_row(*(overrides.get(key, "") for key in varied), *cells)
