@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -11,6 +11,7 @@ from wsss import InputError
 from wsss.config import build, plain, quote, run_command, value_of
 
 if TYPE_CHECKING:
+    from wsss.data.datamodule import DataModule
     from wsss.methods.base import WSSSModule
 
 
@@ -19,7 +20,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     import pytorch_lightning as pl
 
     from wsss.data.datamodule import DataModule
-    from wsss.report import print_figures, save_examples, write_json
+    from wsss.report import print_figures, write_json
     from wsss.train import quieten
 
     quieten()
@@ -38,6 +39,43 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     save_examples(out / "examples.png", method, data)
     print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
     return figures
+
+
+def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: int = 8) -> None:
+    """A grid of the first evaluation images: input, CAM, pseudo label, prediction and truth.
+
+    CAM and pseudo label are those of the image's true labels, as in training; white is undecided.
+    """
+    import torch
+
+    from wsss.refine.cam import resize
+    from wsss.report import heat, paint, save_grid
+
+    rows: list[list[Any]] = []
+    method.eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (method.mean, method.std))
+    for batch in data.val_dataloader():
+        for index in range(min(len(batch["image"]), count - len(rows))):
+            image, label = (batch[key][index : index + 1].to(method.device) for key in ("image", "label"))
+            size = image.shape[-2:]
+            output = method.infer(image)
+            cam = resize(output["cam"], size) * label[:, :, None, None]
+            with torch.no_grad():
+                pseudo = method.pseudo_label(image, cam, label)[0].cpu().numpy()
+            colours = ((image[0].cpu() * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            row = [colours, heat(colours, cam[0].amax(0).cpu().numpy()), paint(pseudo)]
+            if output["seg"] is not None:
+                row.append(paint(resize(output["seg"], size).argmax(1)[0].cpu().numpy()))
+            if "mask" in batch:
+                row.append(paint(batch["mask"][index].numpy()))
+            rows.append(row)
+        if len(rows) >= count:
+            break
+    titles = ["image", "CAM", "pseudo label"]
+    titles += [
+        title for title, there in (("prediction", output["seg"] is not None), ("truth", "mask" in batch)) if there
+    ]
+    save_grid(path, rows, titles)
 
 
 def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSSSModule":

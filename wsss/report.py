@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from hydra.experimental.callback import Callback
@@ -13,10 +13,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from wsss.data.datamodule import DataModule
-    from wsss.methods.base import WSSSModule
 
 T = TypeVar("T")
 Array = np.ndarray
@@ -88,42 +84,6 @@ def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str]
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="PNG")
     os.replace(temporary, path)
-
-
-def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: int = 8) -> None:
-    """A grid of the first evaluation images: input, CAM, pseudo label, prediction and truth.
-
-    CAM and pseudo label are those of the image's true labels, as in training; white is undecided.
-    """
-    import torch
-
-    from wsss.refine.cam import resize
-
-    rows: list[list[Array]] = []
-    method.eval()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (method.mean, method.std))
-    for batch in data.val_dataloader():
-        for index in range(min(len(batch["image"]), count - len(rows))):
-            image, label = (batch[key][index : index + 1].to(method.device) for key in ("image", "label"))
-            size = image.shape[-2:]
-            output = method.infer(image)
-            cam = resize(output["cam"], size) * label[:, :, None, None]
-            with torch.no_grad():
-                pseudo = method.pseudo_label(image, cam, label)[0].cpu().numpy()
-            colours = ((image[0].cpu() * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            row = [colours, heat(colours, cam[0].amax(0).cpu().numpy()), paint(pseudo)]
-            if output["seg"] is not None:
-                row.append(paint(resize(output["seg"], size).argmax(1)[0].cpu().numpy()))
-            if "mask" in batch:
-                row.append(paint(batch["mask"][index].numpy()))
-            rows.append(row)
-        if len(rows) >= count:
-            break
-    titles = ["image", "CAM", "pseudo label"]
-    titles += [
-        title for title, there in (("prediction", output["seg"] is not None), ("truth", "mask" in batch)) if there
-    ]
-    save_grid(path, rows, titles)
 
 
 def progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:

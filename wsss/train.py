@@ -27,8 +27,9 @@ def train(cfg: DictConfig) -> float | None:
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
     from wsss.callbacks import FiniteLoss, StepProgress, Validated
+    from wsss.evaluate import save_examples
     from wsss.metrics import Protocol
-    from wsss.report import print_figures, save_examples, write_json
+    from wsss.report import print_figures, write_json
 
     started = time.perf_counter()
     quieten()
