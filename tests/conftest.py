@@ -1,12 +1,15 @@
 """Options and settings of all tests."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import OVERRIDES, Ended, call, make_voc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 torch.set_num_threads(1)
 
 
@@ -28,3 +31,31 @@ def real_data() -> Path:
     if not given:
         pytest.skip("WSSS_TEST_DATA is not set: no real photographs")
     return Path(given)
+
+
+@pytest.fixture
+def voc_root(tmp_path: Path) -> Path:
+    """A small tree in VOC's layout."""
+    return make_voc(tmp_path / "voc")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny ToCo trained for two steps on shapes."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert call("train", *OVERRIDES, f"hydra.run.dir={out}") == 0
+    return out
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs `wsss-<name>` in this process, in a directory of its own, and returns how it ended."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(name: str, *arguments: str) -> Ended:
+        capfd.readouterr()
+        code = call(name, *arguments)
+        return Ended(code, *capfd.readouterr())
+
+    return run

@@ -17,6 +17,8 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +28,9 @@ from wsss import InputError, RunError
 
 PATH_KEYS = {"checkpoint", "dir", "images", "labels", "masks", "out", "root", "train", "val", "weights"}
 """Last parts of the keys whose values are paths or names and reach Hydra quoted."""
+
+OPTIONAL_GROUPS = ("transform", "recipe")
+"""Groups whose option is named after others and need not exist."""
 
 VALUE_OPTIONS = {
     "--config-dir",
@@ -118,9 +123,11 @@ def arrange(arguments: list[str]) -> list[str]:
 
 def _quote_override(override: str, sweep: bool) -> str:
     key, found, value = override.partition("=")
+    if key in OPTIONAL_GROUPS and value == "null":
+        return f"~{key}"  # Hydra's own way to leave a group out
     if not found or key.rpartition(".")[2] not in PATH_KEYS:
         return override
-    if value in ("", "null", "???") or value[0] in "'\"[{" or "${" in value:
+    if value in ("", "null", "???") or "${" in value or (value[0] in "'\"" and value[0] == value[-1]):
         return override
     return f"{key}={','.join(map(quote, value.split(','))) if sweep else quote(value)}"
 
@@ -141,13 +148,15 @@ def quote(value: Any) -> str:
     return str(value)
 
 
-def value_of(overrides: Iterable[str], key: str) -> str | None:
-    """The value given for `key` on an arranged command line, without its quotes."""
+def values_of(overrides: Iterable[str], key: str) -> list[str]:
+    """The values given for `key` on an arranged command line: none, one, or those of a sweep."""
+    parser = OverridesParser.create()
     for override in overrides:
-        name, found, value = override.partition("=")
-        if found and name.lstrip("+") == key:
-            return value[1:-1].replace("\\'", "'") if value[:1] == "'" else value
-    return None
+        if override.partition("=")[0].lstrip("+") == key:
+            parsed = parser.parse_override(override)
+            choices = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
+            return [str(choice.text if isinstance(choice, QuotedString) else choice) for choice in choices]
+    return []
 
 
 def check_choices() -> None:
@@ -161,12 +170,12 @@ def check_choices() -> None:
         if override.partition("=")[0].rpartition(".")[2] == "_target_":
             raise InputError(f"{override}: a class cannot be set on the command line, choose a group option instead")
     loader = GlobalHydra.instance().config_loader()
-    for group in ("transform", "recipe"):
+    for group in OPTIONAL_GROUPS:
         choice = choices.get(group)
         known = loader.get_group_options(group)
         if choice is None or choice in known:
             continue
-        if value_of(given, group) is not None:
+        if values_of(given, group):
             raise InputError(f"{group}={choice} does not exist: known are {', '.join(known)}")
         if group == "recipe":
             print(

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from wsss import InputError
-from wsss.config import build, plain, quote, run_command, value_of
+from wsss.config import build, plain, quote, run_command, values_of
 
 if TYPE_CHECKING:
     from wsss.data.datamodule import DataModule
@@ -112,24 +112,23 @@ def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
     """
     from wsss.checkpoints import read_checkpoint
 
-    options = [o for o in overrides if o.startswith("-")]
-    given = value_of(overrides, "checkpoint")
-    if given is None:
+    given = values_of(overrides, "checkpoint")
+    if not given:
         raise InputError("checkpoint is not set: add checkpoint=FILE, e.g. outputs/.../checkpoints/last.ckpt")
-    sweep = {"-m", "--multirun"} & set(options)
-    checkpoint = read_checkpoint(given.split("','")[0] if sweep else given)
+    # the checkpoints of a sweep share their method and data set, those of the first
+    checkpoint = read_checkpoint(given[0])
     origin = checkpoint["wsss"]
-    for key in ("method", "dataset") if dataset else ("method",):
-        asked = value_of(overrides, key)
-        if key == "method" and asked not in (None, origin[key]):
-            raise InputError(
-                f"method={asked} was asked for, but checkpoint {given} is of method={origin[key]}: leave it out"
-            )
+    asked = values_of(overrides, "method")
+    if asked not in ([], [origin["method"]]):
+        raise InputError(
+            f"method={','.join(asked)} was asked for, but checkpoint {given[0]} is of method={origin['method']}: "
+            "leave it out"
+        )
     stored = [f"method={origin['method']}"]
     # the weights come from this file, not from where training started
     values = {"method": checkpoint["hyper_parameters"] | {"weights": None}, "protocol": origin["protocol"]}
     if dataset:
-        same = value_of(overrides, "dataset") in (None, origin["dataset"])
+        same = values_of(overrides, "dataset") in ([], [origin["dataset"]])
         stored += [f"dataset={origin['dataset']}"] if same else []
         values |= {"dataset": origin["dataset_values"]} if same else {}
     stored += [f"{group}.{key}={quote(value)}" for group, node in values.items() for key, value in node.items()]

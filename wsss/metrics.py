@@ -96,7 +96,7 @@ class ClassificationMAP(MultilabelAveragePrecision):
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         """logits: (B, C); label: (B, C) 0 or 1."""
-        super().update(logits.float().sigmoid(), label.long())
+        super().update(logits.double().sigmoid(), label.long())  # float32 ties all above 17
 
     def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics inherits it from a curve
         """NaN when no image has a label."""

@@ -76,5 +76,5 @@ class ClassTokenContrastLoss(nn.Module):
         negative = torch.logaddexp(negative, negative.new_tensor(1e-4).log())
         pull = (F.softplus(negative[..., None] - score) * positives).sum(-1)
         push = F.softplus(negative)
-        per_image = (pull + push).mean(-1) / (positive.sum(-1) + 1e-4)
+        per_image = (pull + push).mean(-1) / (positive.sum(-1).to(score.dtype) + 1e-4)
         return per_image.mean()

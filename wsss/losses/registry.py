@@ -39,7 +39,8 @@ def build(key: str, **arguments: Any) -> nn.Module:
     """
     if key not in LOSSES:
         raise InputError(f"unknown loss {key!r}: known are {', '.join(sorted(LOSSES))}")
-    known = list(inspect.signature(LOSSES[key]).parameters)
+    signature = inspect.signature(LOSSES[key])  # nn.Module's own is (*args, **kwargs)
+    known = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     unknown = [name for name in arguments if name not in known]
     if unknown:
         listed = ", ".join(known) or "none"

@@ -1,0 +1,292 @@
+"""The commands as a user meets them: what they leave, what they say, how they end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
+
+from wsss import losses
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run on shapes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert call("train", *OVERRIDES, f"hydra.run.dir={out}") == 0
+    return out
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    return make_voc(tmp_path / "voc")
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str, command: str = "train") -> str:
+    """The one sentence with which a command ends."""
+    capsys.readouterr()
+    assert call(command, *arguments) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    sentences = [line for line in said.splitlines() if line.startswith(f"wsss-{command}: ")]
+    assert len(sentences) == 1
+    return sentences[0]
+
+
+def test_run_directory(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"val/map", "val/miou", "val/cam_miou", "val/aux_cam_miou", "seconds", "peak_memory_mb"} <= metrics.keys()
+    assert "single scale" in metrics["protocol/val/miou"]
+    assert "true image labels" in metrics["protocol/val/cam_miou"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["seed"] == 0
+    assert record["torch"] == torch.__version__
+    assert "${" not in (run / "config.yaml").read_text()
+    assert (run / "log" / "metrics.csv").stat().st_size > 0
+    width, height = Image.open(run / "examples.png").size
+    assert width > 5 * 100
+    assert height > 4 * 100
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_checkpoint_is_plain(run: Path) -> None:
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["best-step-000002.ckpt", "last.ckpt"]
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {"method", "dataset", "dataset_values", "classes", "mean", "std", "protocol"} <= checkpoint["wsss"].keys()
+
+
+def test_eval_repeats_the_figures_of_training(run: Path, tmp_path: Path) -> None:
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    settings = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
+    assert call("eval", f"checkpoint={checkpoint}", *settings, f"hydra.run.dir={tmp_path}") == 0
+    trained, measured = (json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path))
+    for key, value in measured.items():
+        if key.startswith("val/"):
+            assert value == pytest.approx(trained[key], abs=1e-6), key
+    assert (tmp_path / "examples.png").exists()
+
+
+def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = tmp_path / "my photographs", tmp_path / "aus gäbe"
+    (images / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8))
+    colours.save(images / "grüße (1)=a.JPG")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # stored lying on its side
+    colours.save(images / "turned.jpg", exif=rotated)
+    colours.convert("L").save(images / "grey.png")
+    colours.convert("RGBA").save(images / "alpha.webp")
+    colours.convert("CMYK").save(images / "sub" / "cmyk.tiff")
+    Image.fromarray(rng.integers(0, 2**16, (33, 47), np.uint16)).save(images / "deep.png")
+    colours.resize((50, 31)).save(images / "grey.bmp")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    (images / "notes.txt").write_text("not an image")
+    arguments = [f"images={images}", f"out={out}", "cam=true", "class_threshold=0.0", "num_workers=0"]
+    checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
+    assert "broken.jpg" in fails(capsys, 2, checkpoint, *arguments, command="predict")
+    sizes = {
+        "grüße (1)=a": (60, 40), "turned": (40, 60), "grey.png": (60, 40), "grey.bmp": (50, 31), "alpha": (60, 40),
+        "sub/cmyk": (60, 40), "deep": (47, 33),
+    }  # fmt: skip
+    assert {p.relative_to(out / "masks").as_posix() for p in (out / "masks").rglob("*.*")} == {
+        f"{n}.png" for n in sizes
+    }
+    for name, size in sizes.items():
+        mask = Image.open(out / "masks" / f"{name}.png")
+        assert (mask.mode, mask.size) == ("P", size), name
+        assert Image.open(out / "overlays" / f"{name}.jpg").size == size
+        arrays = np.load(out / "cams" / f"{name}.npz")
+        assert arrays["cam"].shape == (len(arrays["ids"]), *size[::-1])
+        assert len(arrays["ids"]) == 4
+
+
+def test_sweep_ends_with_one_table_and_survives_a_bad_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code = call("train", "-m", *OVERRIDES, "method.local_crop_size=8,200", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.count("local_crop_size is 200") == 2
+    table = printed.out.rpartition("sweep ")[2]
+    assert table.count("failed") >= 2
+    for header in ("local_crop_size", "seed", "miou"):
+        assert header in table
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 2
+
+
+def test_offline_wandb(tmp_path: Path) -> None:
+    given = ["logger=wandb", "logger.offline=true", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert call("train", *OVERRIDES, *given) == 0
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+
+
+def test_method_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("from wsss.methods.toco import ToCo\n\n\nclass Mine(ToCo):\n    pass\n")
+    for group in ("method", "recipe"):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+    ours = (Path(__file__).parent.parent / "conf/method/toco.yaml").read_text()
+    (tmp_path / "conf/method/mine.yaml").write_text(ours.replace("wsss.methods.toco.ToCo", "mine.Mine"))
+    recipe = "# @package _global_\nmethod: {lr: 0.0123}\n"
+    (tmp_path / "conf/recipe/mine_shapes.yaml").write_text(recipe)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    overrides = [o for o in OVERRIDES if not o.startswith("transform")]
+    given = ["method=mine", "--config-dir", str(tmp_path / "conf"), f"hydra.run.dir={tmp_path / 'run'}"]
+    views = ["+transform._target_=x"]
+    assert call("train", *overrides, *given, *views) == 2  # a class never comes from the command line
+    crop = ["transform=toco", "transform.crop_size=32"]
+    assert call("train", *overrides, *given, *crop) == 0
+    assert "lr: 0.0123" in (tmp_path / "run" / "config.yaml").read_text()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["method.lrr=1"], ["method.lrr", "lr", "backbone"]),
+        (["foo=1"], ["foo", "seed", "trainer"]),
+        (["method=tocoo"], ["method=tocoo", "toco"]),
+        (["recipe=typo"], ["recipe=typo", "toco_voc"]),
+        (["transform=typo"], ["transform=typo", "toco"]),
+        (["method.losses.rcm={weight: 1}"], ["rcm", "ptc"]),
+        (["+method.losses.rcm={weight: 1}"], ["rcm", "ptc"]),
+        (["+method.losses.ptc.heat=1"], ["ptc", "heat", "ignore_index"]),
+        (["+method.unheard=1"], ["method", "unheard", "backbone"]),
+        (["method.backbone=vit_nonsense"], ["vit_nonsense", "vit_"]),
+        (["method.weights=/no/such.pth"], ["/no/such.pth"]),
+        (["method.weights=nonsense"], ["nonsense", "timm tag"]),
+        (["method.aux_layer=7"], ["aux_layer", "7"]),
+        (["dataset.size=0"], ["size", "0"]),
+        (["dataset=voc"], ["dataset.root", "not set"]),
+        (["method._target_=os.system"], ["_target_"]),
+        (["protocol.image_labels=guessed"], ["image_labels", "guessed", "predicted"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]
+) -> None:
+    out = tmp_path / "run"
+    keys = {argument.partition("=")[0] for argument in arguments}
+    overrides = [o for o in OVERRIDES if o.partition("=")[0] not in keys]
+    if "dataset=voc" in arguments:
+        overrides = [o for o in overrides if not o.startswith("dataset")]
+    sentence = fails(capsys, 2, *overrides, *arguments, f"hydra.run.dir={out}")
+    assert all(word in sentence for word in said), sentence
+    assert not out.exists()
+
+
+def broken_voc(root: Path, kind: str) -> list[str]:
+    """Damages a VOC tree; returns the words that the answer has to hold."""
+    first, val = VOC_IDS[0], VOC_IDS[2]
+    if kind == "root":
+        (root / "JPEGImages").rename(root / "Images")
+        return ["JPEGImages"]
+    if kind == "list":
+        (root / "ImageSets/Segmentation/train_aug.txt").unlink()
+        return ["train_aug.txt"]
+    if kind == "image":
+        (root / "JPEGImages" / f"{first}.jpg").unlink()
+        return [first]
+    if kind == "label entry":
+        save_labels(root, {name: np.ones(2, np.float32) for name in VOC_IDS[1:]})
+        return [first, "cls_labels_onehot.npy"]
+    if kind == "label length":
+        save_labels(root, {name: np.ones(3, np.float32) for name in VOC_IDS})
+        return ["cls_labels_onehot.npy", "3", "2"]
+    if kind == "hostile labels":
+        save_labels(root, {first: print})
+        return ["cls_labels_onehot.npy", "print"]
+    if kind == "truncated image":
+        path = root / "JPEGImages" / f"{first}.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+        return [first]
+    mask = root / "SegmentationClassAug" / f"{val}.png"
+    if kind == "mask size":
+        Image.new("L", (5, 7)).save(mask)
+        return [mask.name, "5"]
+    Image.fromarray(np.full(np.asarray(Image.open(mask)).shape, 9, np.uint8)).save(mask)
+    return [mask.name, "9"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "root",
+        "list",
+        "image",
+        "label entry",
+        "label length",
+        "hostile labels",
+        "truncated image",
+        "mask size",
+        "mask ids",
+    ],
+)
+def test_bad_data(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    said = broken_voc(voc, kind)
+    sentence = fails(capsys, 2, *VOC_OVERRIDES, f"dataset.root={voc}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert all(word in sentence for word in said), sentence
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_bad_data_in_a_worker(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = broken_voc(voc, "truncated image")
+    workers = ["data.num_workers=1", f"dataset.root={voc}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert said[0] in fails(capsys, 2, *VOC_OVERRIDES, *workers)
+
+
+def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    cases: dict[str, Any] = {
+        "empty": b"",
+        "foreign": {"state_dict": good["state_dict"]},
+        "hostile": {"state_dict": print},
+        "short": good | {"state_dict": dict(list(good["state_dict"].items())[1:])},
+        "other method": good | {"wsss": good["wsss"] | {"method": "unheard"}},
+    }
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        sentence = fails(capsys, 2, f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'out'}", command="eval")
+        assert ("unheard" if name == "other method" else path.name) in sentence
+        assert not (tmp_path / "out").exists()
+    path = run / "checkpoints" / "last.ckpt"
+    assert "method=other" in fails(capsys, 2, f"checkpoint={path}", "method=other", command="eval")
+    assert "checkpoint" in fails(capsys, 2, command="eval")
+    assert "nowhere" in fails(capsys, 2, f"checkpoint={path}", "images=/nowhere", "out=x", command="predict")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: Any, tokens: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return (tokens * torch.nan).sum()
+
+    monkeypatch.setattr(losses.PatchTokenContrastLoss, "forward", diverge)
+    sentence = fails(capsys, 1, *OVERRIDES, f"hydra.run.dir={tmp_path}")
+    assert "step 1" in sentence
+    assert "ptc = nan" in sentence
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["--help", "method.lrr=1"])
+def test_answers_at_once(argument: str) -> None:
+    code = "from wsss.train import main; main()"
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - started)
+    assert ended.returncode == (0 if argument == "--help" else 2)
+    assert min(times) < 2

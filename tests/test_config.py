@@ -1,0 +1,99 @@
+"""Configuration: files and signatures say the same, recipes hold no typo, the command line is arranged right."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from wsss.config import arrange, config_dir, quote, values_of
+
+CONF = config_dir()
+GIVEN_BY_THE_COMMAND = {"method": {"num_classes", "classes"}, "dataset": {"split"}}
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*CONF.glob("method/*.yaml"), *CONF.glob("dataset/*.yaml"), *CONF.glob("transform/*.yaml")]), ids=str
+)
+def test_file_and_signature_agree(path: Any) -> None:
+    group = path.parent.name
+    node: Any = OmegaConf.load(path)
+    parameters = inspect.signature(hydra.utils.get_object(node._target_)).parameters
+    names = set(parameters) - GIVEN_BY_THE_COMMAND.get(group, set())
+    assert set(node) - {"_target_"} == names
+    plain: Any = OmegaConf.to_container(node)
+    for name in names:
+        default, value = parameters[name].default, plain[name]
+        if default in (None, inspect.Parameter.empty) or "${" in str(value):
+            continue  # a dict's default is what the parts of the class default to; test_toco compares them
+        assert (list(default) if isinstance(default, tuple) else default) == value, name
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_names_only_keys_that_exist(recipe: str) -> None:
+    method, dataset = recipe.rsplit("_", 1)
+    if not (CONF / "dataset" / f"{dataset}.yaml").exists():
+        pytest.skip(f"dataset={dataset} does not exist yet")
+    bare = compose("train", overrides=[f"method={method}", f"dataset={dataset}", "~recipe"])
+    full = compose("train", overrides=[f"method={method}", f"dataset={dataset}"])
+    assert set(leaves(OmegaConf.to_container(full))) == set(leaves(OmegaConf.to_container(bare)))
+
+
+def test_the_paper_recipe_is_the_paper() -> None:
+    cfg = compose("train", overrides=["dataset=voc"])
+    assert cfg.method.released_behaviour
+    assert cfg.transform.released_behaviour
+    assert (cfg.method.weights, cfg.transform.crop_size, cfg.protocol.size) == ("orig_in21k_ft_in1k", 448, 448)
+    assert (cfg.trainer.max_steps, cfg.data.batch_size, cfg.method.lr) == (20000, 2, 6e-5)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a b", "x=1", "(1)", "{a}", "~/x", "grüße", "it's", 'say "hi"', "a,b", "2007_000032", "back\\slash", "end\\"],
+)
+def test_paths_reach_hydra_as_they_are(value: str) -> None:
+    (override,) = arrange([f"dataset.root={value}"])
+    assert OverridesParser.create().parse_override(override).value() == value
+    assert values_of([override], "dataset.root") == [value]
+
+
+def test_sweeps_over_paths_stay_sweeps() -> None:
+    arguments = arrange(["dataset.root=/a b,/c=d", "-m"])
+    assert arguments[0] == "-m"
+    assert values_of(arguments, "dataset.root") == ["/a b", "/c=d"]
+
+
+def test_options_come_first() -> None:
+    given = ["method=toco", "--config-dir", "conf", "seed=1", "-m"]
+    assert arrange(["recipe=null"]) == ["~recipe"]
+    assert arrange(given) == ["--config-dir", "conf", "-m", "method=toco", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, False, 1, 1.0, 1e-7, "true", "x: y", [], {}, [1.0, 0.5], {"a": [1, {"b": None}], "c": 1.0}],
+)
+def test_plain_values_survive_hydra(value: Any) -> None:
+    parsed = OverridesParser.create().parse_override(f"key={quote(value)}").value()
+    plain = OmegaConf.to_container(OmegaConf.create({"key": parsed}))
+    assert plain == {"key": value}
+    assert type(plain["key"]) is type(value)  # type: ignore[index]

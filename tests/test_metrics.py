@@ -1,0 +1,119 @@
+"""Metrics against straightforward references."""
+
+import numpy as np
+import pytest
+import torch
+
+from wsss import InputError
+from wsss.metrics import ClassificationMAP, Protocol, SegmentationIoU, flatten_iou
+
+
+def iou_reference(predictions: np.ndarray, targets: np.ndarray, num_ids: int) -> list[float]:
+    """IoU per id over all pixels of all images; NaN where an id never occurs."""
+    predictions, targets = predictions[targets != 255], targets[targets != 255]
+    values = []
+    for i in range(num_ids):
+        union = np.count_nonzero((predictions == i) | (targets == i))
+        values.append(np.count_nonzero((predictions == i) & (targets == i)) / union if union else np.nan)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true"),
+    [
+        ((0, 1, 2, 3), (0, 1, 2, 3, 255)),
+        ((0, 1, 2, 255), (0, 1, 3, 255)),  # predictions of no class, classes that occur on one side only
+        ((0,), (1,)),
+        ((255,), (0, 1)),
+        ((0, 1), (0, 1)),
+    ],
+)
+def test_iou_reference(predicted: tuple[int, ...], true: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    predictions, targets = rng.choice(predicted, (6, 7, 5)), rng.choice(true, (6, 7, 5))
+    metric = SegmentationIoU(4)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):  # the split into batches makes no difference
+        metric.update(torch.from_numpy(predictions[part]), torch.from_numpy(targets[part]))
+    expected = iou_reference(predictions, targets, 4)
+    np.testing.assert_allclose(metric.iou().numpy(), expected, rtol=1e-12)
+    occurring = [i for i in range(4) if (targets == i).any()]
+    assert metric.compute().item() == pytest.approx(np.mean([expected[i] for i in occurring]), rel=1e-12)
+
+
+def test_iou_of_small_integers() -> None:
+    mask = torch.tensor([[0, 200, 255]], dtype=torch.uint8)
+    metric = SegmentationIoU(201)
+    metric.update(mask, mask)
+    assert metric.compute() == 1
+    assert metric.iou()[[0, 200]].tolist() == [1, 1]
+
+
+def test_iou_before_any_target_is_nan() -> None:
+    metric = SegmentationIoU(3)
+    metric.update(torch.zeros(1, 2, 2, dtype=torch.long), torch.full((1, 2, 2), 255))
+    assert metric.iou().isnan().all()
+    assert metric.compute().isnan()
+
+
+def test_flatten_iou_leaves_absent_classes_out() -> None:
+    flat = flatten_iou(torch.tensor([0.5, float("nan"), 1.0]), ("cat", "dog"))
+    assert flat == {"iou/background": 0.5, "iou/dog": 1.0}
+
+
+def average_precision(score: np.ndarray, label: np.ndarray) -> float:
+    """Sum over distinct thresholds of (recall step) * precision, in float64."""
+    value, recall = 0.0, 0.0
+    for threshold in np.unique(score)[::-1]:
+        kept = score >= threshold
+        hits = label[kept].sum()
+        value += (hits / label.sum() - recall) * hits / kept.sum()
+        recall = hits / label.sum()
+    return float(value)
+
+
+def test_map_reference() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 5)).astype(np.float32).round(1)  # with ties
+    label = (rng.random((40, 5)) < 0.3).astype(np.float32)
+    label[:, 3] = 0  # a class that no image has
+    metric = ClassificationMAP(5)
+    for part in np.array_split(np.arange(40), 7):
+        metric.update(torch.from_numpy(logits[part]), torch.from_numpy(label[part]))
+    expected = np.mean([average_precision(logits[:, c], label[:, c]) for c in range(5) if c != 3])
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_map_reference_is_sklearns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(1)
+    score, label = rng.random(30).round(1), rng.random(30) < 0.4
+    assert average_precision(score, label) == pytest.approx(metrics.average_precision_score(label, score))
+
+
+def test_map_ranks_confident_logits() -> None:
+    metric = ClassificationMAP(1)
+    metric.update(torch.tensor([[30.0], [20.0], [25.0]]), torch.tensor([[1.0], [0.0], [0.0]]))
+    assert metric.compute() == 1  # a float32 sigmoid makes all three equal
+
+
+def test_map_without_any_label_is_nan() -> None:
+    metric = ClassificationMAP(2)
+    metric.update(torch.randn(3, 2), torch.zeros(3, 2))
+    assert metric.compute().isnan()
+
+
+def test_protocol_is_said() -> None:
+    notes = Protocol().describe("val, 4 images", (1.0, 0.5), 0.45)
+    assert set(notes) == {"miou", "cam_miou", "aux_cam_miou", "map"}
+    assert notes["miou"] == "val, 4 images, single scale, image size, no image labels, no CRF"
+    for part in ("val, 4 images", "scales 1, 0.5 with flip", "image size", "threshold 0.45", "true image labels"):
+        assert part in notes["cam_miou"]
+    other = Protocol(size=448, image_labels="predicted").describe("test", (1.0,), 0.5)
+    assert "resized to 448x448" in other["miou"]
+    assert "predicted image labels" in other["cam_miou"]
+
+
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": -3}, {"image_labels": "none"}])
+def test_protocol_refuses(arguments: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=next(iter(arguments))):
+        Protocol(**arguments)
