@@ -12,16 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 torch.set_num_threads(1)
 
+RECORDED = Path(__file__).parent / "golden"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", help="folder of recordings for tests/parity (default: WSSS_TEST_GOLDEN, tests/golden)")
-
-
-@pytest.fixture(scope="session")
-def golden(request: pytest.FixtureRequest) -> Path:
-    """The folder of recordings."""
-    given = request.config.getoption("--golden") or os.environ.get("WSSS_TEST_GOLDEN")
-    return Path(given) if given else Path(__file__).parent / "golden"
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        type=Path,
+        default=Path(os.environ.get("WSSS_TEST_GOLDEN") or RECORDED),
+        help="folder of recordings of the original implementations, with one folder per method: toco/*.npz, ... "
+        "(default: the environment variable WSSS_TEST_GOLDEN, else the small part in tests/golden)",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,6 @@ from tiny import OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
 from wsss import losses
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run on shapes."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert call("train", *OVERRIDES, f"hydra.run.dir={out}") == 0
-    return out
-
-
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
     return make_voc(tmp_path / "voc")
@@ -40,41 +32,41 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str, comman
     return sentences[0]
 
 
-def test_run_directory(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
+def test_run_directory(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
     assert {"val/map", "val/miou", "val/cam_miou", "val/aux_cam_miou", "seconds", "peak_memory_mb"} <= metrics.keys()
     assert "single scale" in metrics["protocol/val/miou"]
     assert "true image labels" in metrics["protocol/val/cam_miou"]
-    record = json.loads((run / "run.json").read_text())
+    record = json.loads((trained / "run.json").read_text())
     assert record["seed"] == 0
     assert record["torch"] == torch.__version__
-    assert "${" not in (run / "config.yaml").read_text()
-    assert (run / "log" / "metrics.csv").stat().st_size > 0
-    width, height = Image.open(run / "examples.png").size
+    assert "${" not in (trained / "config.yaml").read_text()
+    assert (trained / "log" / "metrics.csv").stat().st_size > 0
+    width, height = Image.open(trained / "examples.png").size
     assert width > 5 * 100
     assert height > 4 * 100
-    assert not list(run.rglob("*.tmp"))
+    assert not list(trained.rglob("*.tmp"))
 
 
-def test_checkpoint_is_plain(run: Path) -> None:
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+def test_checkpoint_is_plain(trained: Path) -> None:
+    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
     assert names == ["best-step-000002.ckpt", "last.ckpt"]
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert {"method", "dataset", "dataset_values", "classes", "mean", "std", "protocol"} <= checkpoint["wsss"].keys()
 
 
-def test_eval_repeats_the_figures_of_training(run: Path, tmp_path: Path) -> None:
-    checkpoint = run / "checkpoints" / "last.ckpt"
+def test_eval_repeats_the_figures_of_training(trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints" / "last.ckpt"
     settings = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
     assert call("eval", f"checkpoint={checkpoint}", *settings, f"hydra.run.dir={tmp_path}") == 0
-    trained, measured = (json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path))
+    trained, measured = (json.loads((path / "metrics.json").read_text()) for path in (trained, tmp_path))
     for key, value in measured.items():
         if key.startswith("val/"):
             assert value == pytest.approx(trained[key], abs=1e-6), key
     assert (tmp_path / "examples.png").exists()
 
 
-def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, out = tmp_path / "my photographs", tmp_path / "aus gäbe"
     (images / "sub").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -91,7 +83,7 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     (images / "notes.txt").write_text("not an image")
     arguments = [f"images={images}", f"out={out}", "cam=true", "class_threshold=0.0", "num_workers=0"]
-    checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
+    checkpoint = f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}"
     assert "broken.jpg" in fails(capsys, 2, checkpoint, *arguments, command="predict")
     sizes = {
         "grüße (1)=a": (60, 40), "turned": (40, 60), "grey.png": (60, 40), "grey.bmp": (50, 31), "alpha": (60, 40),
@@ -245,8 +237,8 @@ def test_bad_data_in_a_worker(voc: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert said[0] in fails(capsys, 2, *VOC_OVERRIDES, *workers)
 
 
-def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+def test_bad_checkpoints(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     cases: dict[str, Any] = {
         "empty": b"",
         "foreign": {"state_dict": good["state_dict"]},
@@ -260,7 +252,7 @@ def test_bad_checkpoints(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         sentence = fails(capsys, 2, f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'out'}", command="eval")
         assert ("unheard" if name == "other method" else path.name) in sentence
         assert not (tmp_path / "out").exists()
-    path = run / "checkpoints" / "last.ckpt"
+    path = trained / "checkpoints" / "last.ckpt"
     assert "method=other" in fails(capsys, 2, f"checkpoint={path}", "method=other", command="eval")
     assert "checkpoint" in fails(capsys, 2, command="eval")
     assert "nowhere" in fails(capsys, 2, f"checkpoint={path}", "images=/nowhere", "out=x", command="predict")

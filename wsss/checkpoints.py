@@ -165,8 +165,9 @@ def read_official_toco(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if name in state and not (state[name].is_floating_point() and _fits(state[name], axes, sizes))
         ],
     }
-    side = math.isqrt(max(sizes.get("positions", 0) - 1, 0))
-    if 1 + side**2 != sizes.get("positions", 1 + side**2):
+    positions = sizes.get("positions", 2)  # a missing embedding is among the faults already
+    side = math.isqrt(positions - 1)
+    if side == 0 or positions != 1 + side**2:
         faults["has a grid of positions that is no square in"] = ["encoder.vit.pos_embed"]
     said = []
     for what, names in faults.items():

@@ -8,11 +8,13 @@ import inspect
 import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -65,17 +67,19 @@ def run_command(
     `prepare` may replace the overrides once they are arranged. Exit codes: 0, 1 a failed run, 2 a user's mistake.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of an error and exits with 1
-    arguments = arrange(sys.argv[1:])
     failures: list[int] = []
     job = _job(name, task, failures)
-    main = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)
+    arguments = sys.argv[1:]
     try:
+        arguments = arrange(arguments)
         if not {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
-        main()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except (InputError, HydraException, OmegaConfBaseException) as error:
         failures.append(_say(name, explain(error, name, arguments), 2))
+    except BrokenPipeError:  # the reader of our output has closed it, `wsss-train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if failures:
         sys.exit(max(failures))
 
@@ -91,12 +95,13 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
     def job(cfg: DictConfig) -> Any:
         run = HydraConfig.get()
         out = Path(run.runtime.output_dir)
+        ours = out != Path.cwd() and not any(out.iterdir())  # made by Hydra a moment ago
         try:
             check_choices()
             return task(cfg)
         except (InputError, RunError, OmegaConfBaseException) as error:
-            if out.is_dir() and not any(out.iterdir()):
-                out.rmdir()  # Hydra made it before we could look
+            if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
+                _remove_run(out)
             place = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
             failures.append(_say(name, place + explain(error, name, []), 1 if isinstance(error, RunError) else 2))
             return math.nan
@@ -104,6 +109,15 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
     job.__name__ = task.__name__
     job.__module__ = task.__module__
     return job
+
+
+def _remove_run(out: Path) -> None:
+    """Take back a run directory that holds nothing of use, and what becomes empty above it."""
+    shutil.rmtree(out)
+    for parent in out.parents:
+        if Path.cwd() not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
 
 
 def arrange(arguments: list[str]) -> list[str]:
@@ -115,6 +129,8 @@ def arrange(arguments: list[str]) -> list[str]:
             options += [argument, *([value] if (value := next(rest, None)) is not None else [])]
         elif argument.startswith("-"):
             options.append(argument)
+        elif argument.startswith("="):
+            raise InputError(f"{argument!r} names no key: write KEY{argument}")
         else:
             overrides.append(argument)
     sweep = bool({"-m", "--multirun"} & set(options))
@@ -201,30 +217,62 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
     """The object a config node describes: its `_target_`, called with the node's plain values and `extra`.
 
     Raises:
-        InputError: a mandatory value is missing, or an argument does not exist; `key` names the node.
+        InputError: a mandatory value is missing, an argument does not exist or has the wrong kind of value.
     """
     try:
         values = plain(node)
     except MissingMandatoryValue as error:
         missing = str(error.full_key or "").removeprefix(f"{key}.")
         raise InputError(f"{key}.{missing} is not set: add {key}.{missing}=... to the command") from error
-    target = hydra.utils.get_object(node._target_)
-    known = list(inspect.signature(target).parameters)
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise InputError(f"{key} has no argument {', '.join(unknown)}: known are {', '.join(known)}")
+    return call(hydra.utils.get_object(node._target_), values, key, **extra)
+
+
+def call(target: Callable[..., Any], values: Mapping[str, Any], key: str, **extra: Any) -> Any:
+    """`target(**values, **extra)` once the names and kinds of the user's values fit its signature.
+
+    Raises:
+        InputError: they do not; the message calls an argument `<key>.<argument>`.
+    """
+    parameters = inspect.signature(target).parameters
+    known = [name for name in parameters if name not in extra]
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{key} has no argument {name}: known are {', '.join(known)}")
+        kind = parameters[name].annotation
+        if not _fits(value, kind):
+            shown = getattr(kind, "__name__", None) if not get_args(kind) else str(kind)
+            expected = re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.", "", str(shown))
+            raise InputError(f"{key}.{name} is {value!r}: expected {expected}")
     return target(**values, **extra)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of an annotated kind; kinds that no plain value has are left to the callee."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if kind in (str, bool, None, NoneType):
+        return value is None if kind in (None, NoneType) else isinstance(value, kind)
+    return True
 
 
 def explain(error: Exception, name: str, arguments: list[str]) -> str:
     """One sentence about a configuration error, with what would have been possible."""
     text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: add {error.full_key}=... to the command"
     if isinstance(error, InputError | RunError):
         # a loader's worker sends its traceback as the message
         return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option} does not exist: known are {', '.join(error.options)}"
+        return f"{group}={option} does not exist: known are {', '.join(error.options) or 'none'}"
     if match := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)  # names the part of a dict that does not exist
         key = full[1] if full else match[1].partition("@")[0].lstrip("+~")
@@ -239,10 +287,14 @@ def _siblings(key: str, name: str, arguments: list[str]) -> str:
     directories = [arguments[i + 1] for i, a in enumerate(arguments[:-1]) if a in ("--config-dir", "-cd")]
     directories += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
     search = "hydra.searchpath=[" + ",".join(quote(f"file://{Path(d).resolve()}") for d in directories) + "]"
-    groups = ("method=", "dataset=", "trainer=", "logger=", "protocol=")
-    chosen = [a.partition(",")[0] for a in arguments if a.startswith(groups)]
+    # group options alone, as far as they are not what is wrong
+    groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
+    chosen = [a for a in arguments if (m := re.fullmatch(r"(\w+)=[\w/]+", a)) and m[1] in groups and m[1] != key]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node: Any = hydra.compose(name, overrides=[*chosen, *([search] if directories else [])])
+        try:
+            node: Any = hydra.compose(name, overrides=[*chosen, *([search] if directories else [])])
+        except (HydraException, OmegaConfBaseException):
+            node = hydra.compose(name)
     path: list[str] = []
     for part in key.split(".")[:-1]:
         if not isinstance(node, DictConfig) or part not in node:

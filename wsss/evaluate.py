@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from wsss import InputError
-from wsss.config import build, plain, quote, run_command, values_of
+from wsss.config import build, call, plain, quote, run_command, values_of
 
 if TYPE_CHECKING:
     from wsss.data.datamodule import DataModule
@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
-    import pytorch_lightning as pl
-
     from wsss.data.datamodule import DataModule
     from wsss.report import print_figures, write_json
-    from wsss.train import quieten
+    from wsss.train import build_trainer, quieten
 
     quieten()
     out = Path(HydraConfig.get().runtime.output_dir)
     val = build(cfg.dataset, "dataset", split="val")
-    data = DataModule(None, val, seed=cfg.seed, **cfg.data)
+    data = call(DataModule, plain(cfg.data), "data", train=None, val=val)
     method = load_method(cfg, data.classes)
-    trainer = pl.Trainer(**plain(cfg.trainer), logger=False, enable_model_summary=False)
+    trainer = build_trainer(plain(cfg.trainer), logger=False)
     trainer.validate(method, data, verbose=False)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
@@ -98,7 +96,7 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
         method = build(cfg.method, "method", num_classes=len(known), classes=known)
     load_weights(method, checkpoint, cfg.checkpoint)
     method.mean, method.std = tuple(checkpoint["wsss"]["mean"]), tuple(checkpoint["wsss"]["std"])
-    method.protocol = Protocol(**cfg.protocol)
+    method.protocol = call(Protocol, plain(cfg.protocol), "protocol")
     return method
 
 
@@ -113,7 +111,7 @@ def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
     from wsss.checkpoints import read_checkpoint
 
     given = values_of(overrides, "checkpoint")
-    if not given:
+    if not given or given[0] in ("", "None"):
         raise InputError("checkpoint is not set: add checkpoint=FILE, e.g. outputs/.../checkpoints/last.ckpt")
     # the checkpoints of a sweep share their method and data set, those of the first
     checkpoint = read_checkpoint(given[0])
@@ -126,7 +124,8 @@ def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
         )
     stored = [f"method={origin['method']}"]
     # the weights come from this file, not from where training started
-    values = {"method": checkpoint["hyper_parameters"] | {"weights": None}, "protocol": origin["protocol"]}
+    built = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in ("num_classes", "classes")}
+    values = {"method": built | {"weights": None}, "protocol": origin["protocol"]}
     if dataset:
         same = values_of(overrides, "dataset") in ([], [origin["dataset"]])
         stored += [f"dataset={origin['dataset']}"] if same else []

@@ -25,8 +25,10 @@ def predict(cfg: DictConfig) -> int:
 
     paths = find_images(Path(cfg.images).expanduser())
     out = Path(cfg.out).expanduser()
-    if out.is_file():
-        raise InputError(f"out={out} is a file: give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be made a folder ({error.strerror}): give another one") from error
     method = load_method(cfg)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method.to(device).eval()

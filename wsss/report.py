@@ -1,6 +1,7 @@
 """What people look at: tables in the terminal, metrics files, pictures."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,9 +20,9 @@ Array = np.ndarray
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write under a temporary name, then rename: the file is whole or absent. NaN is written as null."""
+    """Write under a temporary name, then rename: the file is whole or absent. NaN and infinity are written as null."""
     temporary = path.with_suffix(".tmp")
-    plain = {k: None if isinstance(v, float) and v != v else v for k, v in content.items()}
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     temporary.write_text(json.dumps(plain, indent=2) + "\n")
     os.replace(temporary, path)
 

@@ -14,9 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wsss import InputError, __version__
-from wsss.config import absolute_paths, build, plain, run_command
+from wsss.config import absolute_paths, build, call, plain, run_command
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
     from wsss.data.datamodule import DataModule
 
 
@@ -44,10 +46,14 @@ def train(cfg: DictConfig) -> float | None:
             "trainer.strategy=ddp starts this command anew on each device and would repeat the whole sweep there: "
             "use trainer.strategy=ddp_spawn, or Hydra's submitit launcher"
         )
+    check_settings(cfg, out)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
-    method.protocol = Protocol(**cfg.protocol)
+    method.protocol = call(Protocol, plain(cfg.protocol), "protocol")
+    figures_known = [f"val/{key}" for key in method.metrics]
+    if cfg.monitor not in figures_known:
+        raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}: {', '.join(figures_known)}")
 
     method.origin = {
         "method": choices["method"],
@@ -73,20 +79,20 @@ def train(cfg: DictConfig) -> float | None:
             monitor=cfg.monitor,
             mode="max",
             auto_insert_metric_name=False,
+            enable_version_counter=False,
         )
         callbacks.append(best)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
-    settings: dict[str, Any] = plain(cfg.trainer)
+    settings = plain(cfg.trainer)
     settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
-    trainer = pl.Trainer(
-        **settings,
+    trainer = build_trainer(
+        settings,
         logger=build(cfg.logger, "logger") if cfg.logger else False,
         callbacks=callbacks,
         default_root_dir=out,
         use_distributed_sampler=False,  # the endless sampler shards itself
         num_sanity_val_steps=0,
-        enable_model_summary=False,
     )
     if trainer.is_global_zero:
         (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
@@ -117,13 +123,41 @@ def train(cfg: DictConfig) -> float | None:
     return figures.get(cfg.monitor)
 
 
+def check_settings(cfg: DictConfig, out: Path) -> None:
+    """Refuse what would fail late or overwrite an earlier run.
+
+    Raises:
+        InputError: a number out of range, or a run directory that is in use.
+    """
+    for key, least in (("seed", 0), ("trainer.max_steps", 1), ("trainer.val_check_interval", 1)):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
+    if (out / "run.json").exists():
+        raise InputError(f"{out} already holds a run: give another hydra.run.dir, or remove it")
+
+
+def build_trainer(settings: dict[str, Any], **extra: Any) -> "pl.Trainer":
+    """A Lightning Trainer; what it refuses is the user's to mend."""
+    import pytorch_lightning as pl
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return call(pl.Trainer, settings, "trainer", enable_model_summary=False, **extra)
+    except (ValueError, MisconfigurationException) as error:
+        if isinstance(error, InputError):
+            raise
+        given = ", ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
+        raise InputError(f"trainer ({given}): {' '.join(str(error).split())}") from error
+
+
 def build_data(cfg: DictConfig) -> "DataModule":
     """The data module of a composed configuration."""
     from wsss.data.datamodule import DataModule
 
     transform = build(cfg.transform, "transform") if cfg.transform else None
     train_set, val_set = (build(cfg.dataset, "dataset", split=split) for split in ("train", "val"))
-    return DataModule(train_set, val_set, transform, seed=cfg.seed, **cfg.data)
+    return call(DataModule, plain(cfg.data), "data", train=train_set, val=val_set, transform=transform, seed=cfg.seed)
 
 
 def provenance(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def mirror_box(box: np.ndarray, width: int) -> np.ndarray:
     return np.array([box[0], box[1], width - box[3], width - box[2]])
 
 
-def _check_scale(scale: Sequence[float]) -> tuple[float, float]:
+def _check(crop_size: int, scale: Sequence[float]) -> tuple[int, tuple[float, float]]:
+    if crop_size < 1:
+        raise InputError(f"transform.crop_size is {crop_size}: expected at least 1")
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise InputError(f"transform.scale is {list(scale)}: expected two factors, 0 < smallest <= largest")
-    return float(scale[0]), float(scale[1])
+    return crop_size, (float(scale[0]), float(scale[1]))
 
 
 class FlipCrop:
@@ -67,7 +69,7 @@ class FlipCrop:
     """
 
     def __init__(self, crop_size: int = 448, scale: Sequence[float] = (0.5, 2.0)) -> None:
-        self.crop_size, self.scale = crop_size, _check_scale(scale)
+        self.crop_size, self.scale = _check(crop_size, scale)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
         image = scale_image(image, rng.uniform(*self.scale))
@@ -103,7 +105,7 @@ class ToCoViews:
     ) -> None:
         if len(blur) != 3:
             raise InputError(f"transform.blur is {list(blur)}: expected three probabilities")
-        self.crop_size, self.scale = crop_size, _check_scale(scale)
+        self.crop_size, self.scale = _check(crop_size, scale)
         self.released_behaviour = released_behaviour
         self.main, self.local = (self._photometric(jitter, p, solarize=0.0) for p in (blur[0], blur[2]))
         self.view = A.RandomResizedCrop((crop_size, crop_size), scale=(0.4, 1.0), interpolation=cv2.INTER_CUBIC)

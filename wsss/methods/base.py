@@ -57,6 +57,10 @@ class WSSSModule(pl.LightningModule):
             if key not in computed:
                 raise InputError(f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}")
             if settings is not None:
+                if not isinstance(settings, Mapping) or not isinstance(settings.get("weight", 1.0), int | float):
+                    raise InputError(
+                        f"losses.{key} is {settings}: expected {{weight: number, argument: value}} or null"
+                    )
                 arguments = dict(settings)
                 self.loss_weights[key] = float(arguments.pop("weight", 1.0))
                 self.losses[key] = build(key, **arguments)

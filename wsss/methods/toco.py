@@ -123,25 +123,38 @@ class ToCo(WSSSModule):
             }
         computed = ("cls", "aux_cls", "ptc", "ctc", "seg", "dense_energy")
         super().__init__(num_classes, classes, background_threshold, cam_scales, losses, computed)
-        self.save_hyperparameters(ignore=("num_classes", "classes"))
+        self.save_hyperparameters()
         if not 0 <= low_threshold <= high_threshold <= 1:
             raise InputError(
                 f"low_threshold={low_threshold} and high_threshold={high_threshold}: expected 0 <= low <= high <= 1"
             )
+        for name, value in (
+            ("decoder_channels", decoder_channels),
+            ("local_crops", local_crops),
+            ("local_crop_size", local_crop_size),
+            ("par_scale", par_scale),
+            *(("cam_scales", scale) for scale in cam_scales),
+        ):
+            if value <= 0:
+                raise InputError(f"{name} is {value}: expected more than 0")
         self.low_threshold, self.high_threshold = low_threshold, high_threshold
         self.local_crops, self.local_crop_size = local_crops, local_crop_size
         self.negative_ratio, self.ema_momentum = negative_ratio, ema_momentum
         self.par_scale, self.released_behaviour = par_scale, released_behaviour
         self.lr, self.head_lr_factor, self.weight_decay = lr, head_lr_factor, weight_decay
         self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
-        self.phases = sorted(map(dict, phases), key=lambda phase: phase["until"])
-        for phase in self.phases:
-            unknown = set(phase) - {"until", "weights", "pseudo_label_from"} | set(phase["weights"]) - set(computed)
-            if unknown or phase.get("pseudo_label_from", "cam") not in self.cam_names:
+        for phase in phases:
+            if (
+                not isinstance(phase, Mapping)
+                or not {"until", "weights"} <= set(phase) <= {"until", "weights", "pseudo_label_from"}
+                or not set(phase["weights"]) <= set(computed)
+                or phase.get("pseudo_label_from", "cam") not in self.cam_names
+            ):
                 raise InputError(
-                    f"phases holds {phase}: expected until, weights (of {', '.join(computed)}) and "
+                    f"phases holds {phase}: expected until, weights (of {', '.join(computed)}) and perhaps "
                     f"pseudo_label_from (one of {', '.join(self.cam_names)})"
                 )
+        self.phases = sorted(map(dict, phases), key=lambda phase: phase["until"])
 
         self.encoder = ViTEncoder(backbone, weights, backbone_args, aux_layer)
         width = self.encoder.embed_dim

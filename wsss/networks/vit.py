@@ -115,13 +115,10 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
         settings["pretrained"] = True
     try:
         model = timm.create_model(backbone, **settings)
-    except (RuntimeError, KeyError) as error:
-        if weights is None:
-            raise
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{source} does not fit {backbone}: {reason}") from error
-    except TypeError as error:
-        raise InputError(f"backbone_args {arguments} does not suit {backbone}: {error}") from error
+        unfit = f"backbone_args {arguments}" if weights is None or isinstance(error, TypeError) else source
+        raise InputError(f"{unfit} does not fit {backbone}: {reason}") from error
     except OSError as error:  # the hub cannot be reached, or the file is not in its cache
         raise InputError(
             f"{source} could not be downloaded ({type(error).__name__}): pass method.weights=FILE with a local .pth "
