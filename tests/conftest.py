@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,21 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         return Ended(code, *capfd.readouterr())
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of all comparisons; a report carries those of its test, also from an xdist worker."""
+    table: dict[str, list[tuple[float, str]]] = {}
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == "parity":
+                    file, key, error = value
+                    table.setdefault(file, []).append((error, key))
+    if not table:
+        return
+    terminalreporter.section("parity with the recordings")
+    terminalreporter.write_line(f"{'file':24} {'arrays':>6}  largest difference, relative to the array's largest value")
+    for file, compared in sorted(table.items()):
+        error, key = max(compared)
+        terminalreporter.write_line(f"{file:24} {len(compared):6}  {error:.1e}  {key if error else ''}")

@@ -95,14 +95,15 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
     def job(cfg: DictConfig) -> Any:
         run = HydraConfig.get()
         out = Path(run.runtime.output_dir)
-        ours = out != Path.cwd() and not any(out.iterdir())  # made by Hydra a moment ago
+        alone = run.mode != RunMode.MULTIRUN  # the table of a sweep names its failed jobs by their directories
+        ours = alone and out != Path.cwd() and not any(out.iterdir())  # made by Hydra a moment ago
         try:
             check_choices()
             return task(cfg)
         except (InputError, RunError, OmegaConfBaseException) as error:
             if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
                 _remove_run(out)
-            place = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
+            place = f"job {run.job.num} ({run.job.override_dirname}): " if not alone else ""
             failures.append(_say(name, place + explain(error, name, []), 1 if isinstance(error, RunError) else 2))
             return math.nan
 
@@ -199,8 +200,14 @@ def check_choices() -> None:
             )
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
-    """The values of a config node, interpolations resolved, as builtin containers; without `_target_`."""
+def plain(node: DictConfig, key: str = "") -> dict[str, Any]:
+    """The values of a config node, interpolations resolved, as builtin containers; without `_target_`.
+
+    Raises:
+        InputError: the node is a plain value; `key` names it.
+    """
+    if not isinstance(node, DictConfig):
+        raise InputError(f"{key} is {node!r}: expected several values, {key}.NAME=VALUE")
     values: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     return {key: value for key, value in values.items() if key != "_target_"}
 
@@ -220,7 +227,7 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
         InputError: a mandatory value is missing, an argument does not exist or has the wrong kind of value.
     """
     try:
-        values = plain(node)
+        values = plain(node, key)
     except MissingMandatoryValue as error:
         missing = str(error.full_key or "").removeprefix(f"{key}.")
         raise InputError(f"{key}.{missing} is not set: add {key}.{missing}=... to the command") from error

@@ -24,9 +24,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     quieten()
     out = Path(HydraConfig.get().runtime.output_dir)
     val = build(cfg.dataset, "dataset", split="val")
-    data = call(DataModule, plain(cfg.data), "data", train=None, val=val)
+    data = call(DataModule, plain(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, data.classes)
-    trainer = build_trainer(plain(cfg.trainer), logger=False)
+    trainer = build_trainer(plain(cfg.trainer, "trainer"), logger=False)
     trainer.validate(method, data, verbose=False)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
@@ -96,7 +96,7 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
         method = build(cfg.method, "method", num_classes=len(known), classes=known)
     load_weights(method, checkpoint, cfg.checkpoint)
     method.mean, method.std = tuple(checkpoint["wsss"]["mean"]), tuple(checkpoint["wsss"]["std"])
-    method.protocol = call(Protocol, plain(cfg.protocol), "protocol")
+    method.protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
     return method
 
 

@@ -50,7 +50,7 @@ def train(cfg: DictConfig) -> float | None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
-    method.protocol = call(Protocol, plain(cfg.protocol), "protocol")
+    method.protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
     figures_known = [f"val/{key}" for key in method.metrics]
     if cfg.monitor not in figures_known:
         raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}: {', '.join(figures_known)}")
@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> float | None:
         callbacks.append(best)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
-    settings = plain(cfg.trainer)
+    settings = plain(cfg.trainer, "trainer")
     settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     trainer = build_trainer(
         settings,
@@ -157,7 +157,9 @@ def build_data(cfg: DictConfig) -> "DataModule":
 
     transform = build(cfg.transform, "transform") if cfg.transform else None
     train_set, val_set = (build(cfg.dataset, "dataset", split=split) for split in ("train", "val"))
-    return call(DataModule, plain(cfg.data), "data", train=train_set, val=val_set, transform=transform, seed=cfg.seed)
+    return call(
+        DataModule, plain(cfg.data, "data"), "data", train=train_set, val=val_set, transform=transform, seed=cfg.seed
+    )
 
 
 def provenance(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
