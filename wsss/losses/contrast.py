@@ -73,7 +73,7 @@ class ClassTokenContrastLoss(nn.Module):
         score = torch.einsum("vbd,kbd->bvk", teacher.detach(), student) / self.temperature
         positives = positive[:, None, :]  # (B, 1, K), the same for every view
         negative = score.masked_fill(positives, -math.inf).logsumexp(dim=-1)  # (B, V) log n_v
-        negative = torch.logaddexp(negative, negative.new_tensor(1e-4).log())
+        negative = torch.logaddexp(negative, torch.full_like(negative, math.log(1e-4)))
         pull = (F.softplus(negative[..., None] - score) * positives).sum(-1)
         push = F.softplus(negative)
         per_image = (pull + push).mean(-1) / (positive.sum(-1).to(score.dtype) + 1e-4)

@@ -281,10 +281,9 @@ class ToCo(WSSSModule):
 
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
-        mean, std = (
-            image.new_tensor([255 * value for value in values])[:, None, None] for values in (self.mean, self.std)
-        )
-        return image * std + mean
+        # one channel at a time: plain numbers spare the copy of a small tensor to the device
+        channels = zip(image.unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([channel * (255 * std) + 255 * mean for channel, mean, std in channels], dim=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = [self.classifier, self.aux_classifier, self.projector, self.decoder]
