@@ -25,7 +25,6 @@ from wsss.refine.cam import box_mask, cam_to_label, draw_crops, multiscale_cam, 
 from wsss.refine.par import OFFSETS, PAR
 
 Arrays = dict[str, Any]
-Run = Callable[..., ToCo]
 
 # What no array tells. Shapes, classes, depth and steps come from the arrays.
 SETTINGS: dict[str, Any] = {
@@ -285,8 +284,9 @@ def test_par_refines_a_cam(recordings: Any, match: Any, model: ToCo, key: str, d
     _, method.low_threshold, method.high_threshold = SETTINGS[data].values()
     method.par = PAR(**SETTINGS["par"])
     image, label = arrays["refine_inputs_norm"], arrays["refine_cls_label"]
-    refined = method.pseudo_label(image, arrays["refine_cam"], label, arrays["refine_box"])
-    match("toco/par", key, refined, share=1e-3)
+    for max_labels in (int(label.sum(1).max()), label.shape[1]):
+        refined = method.pseudo_label(image, arrays["refine_cam"], label, arrays["refine_box"], max_labels)
+        match("toco/par", key, refined, share=1e-3)
 
 
 def test_par_sees_truncated_colours(recordings: Any, match: Any, model: ToCo) -> None:
@@ -414,7 +414,7 @@ def test_evaluate(recordings: Any, match: Any, prefix: str) -> None:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-GROUPS = {"cls": "cls_loss", "aux_cls": "cls_loss_aux", "ptc": "ptc_loss", "ctc": "ctc_loss", "seg": "seg_loss"}
+TERMS = {"cls": "cls_loss", "aux_cls": "cls_loss_aux", "ptc": "ptc_loss", "ctc": "ctc_loss", "seg": "seg_loss"}
 """Our loss keys and the recorded ones."""
 
 
@@ -427,7 +427,7 @@ class Trajectory(pl.Callback):
     final: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, key: str, value: Any) -> None:
-        self.steps.setdefault(key, []).append(torch.as_tensor(value).detach().double())
+        self.steps.setdefault(key, []).append(torch.as_tensor(value, dtype=torch.double).detach())
 
     def stacked(self, key: str) -> Tensor:
         return torch.stack(self.steps[key])
@@ -517,8 +517,9 @@ def run(request: pytest.FixtureRequest, recordings: Any, tmp_path_factory: pytes
 
 def test_train_losses(recordings: Any, match: Any, run: Trajectory) -> None:
     file = f"toco/train_{run.data}"
-    for ours, recorded in GROUPS.items():
-        match(file, f"rec/{recorded}", run.stacked(ours), rtol=1e-4)
+    for ours, recorded in TERMS.items():
+        # without negatives CTC is about 1e-4, and the original rounds it in the fourth digit
+        match(file, f"rec/{recorded}", run.stacked(ours), rtol=1e-4, atol=1e-8 if ours == "ctc" else 0)
     match(file, "rec/reg_loss", run.stacked("dense_energy"), rtol=1e-4, atol=1e-9)
     match(file, "rec/total", run.stacked("total"), rtol=1e-4)
 
