@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "lr": {"base": 6e-5, "factor": 10.0, "warmup": 1500, "max": {"voc": 20_000, "coco": 80_000}},
     "voc": {"background_threshold": 0.5, "low_threshold": 0.25, "high_threshold": 0.7},
     "coco": {"background_threshold": 0.45, "low_threshold": 0.25, "high_threshold": 0.65},
-    "train": {"warmup_steps": 4, "lr": 6e-5},
+    "train": {"warmup_steps": 4, "lr": 6e-5, "local_crop_size": 32},
     "train_voc": {"temperature": 0.5, "phases": [{"until": 5, "weights": {"seg": 0.0, "dense_energy": 0.0}}]},
     "train_coco": {
         "temperature": 1.0,
@@ -459,7 +459,6 @@ def train(data: str, recordings: Any, folder: Path) -> Trajectory:
         losses=losses,
         phases=settings["phases"],
         local_crops=top_left.shape[2],
-        local_crop_size=recordings("toco/roi_crops")["crop_size"].item(),
         negative_ratio=SETTINGS["negative_ratio"],
         par=SETTINGS["par"],
         released_behaviour=True,
