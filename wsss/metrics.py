@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +21,52 @@ class Protocol:
     Args:
         size: the image is resized to a square of this side (its aspect is lost); None leaves it as it is.
             Predictions are always resized to the mask.
+        scales: factors of that size at which the segmentation is computed.
+        flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum` or `max`.
+        fusion: how its scales are fused: `max` or `sum`.
+        crf: arguments of `wsss.refine.crf.dense_crf` for the segmentation; None for no CRF.
         image_labels: `true`: CAMs are cut to the labels of the image, as the field does; `predicted`: to the
             classes with a probability above one half.
     """
 
     size: int | None = None
+    scales: Sequence[float] = (1.0,)
+    flip: str = "none"
+    fusion: str = "max"
+    crf: Mapping[str, Any] | None = None
     image_labels: str = "true"
 
     def __post_init__(self) -> None:
-        if self.image_labels not in ("true", "predicted"):
-            raise InputError(f"protocol.image_labels is {self.image_labels!r}: expected true or predicted")
+        for name, known in (
+            ("image_labels", ("true", "predicted")),
+            ("flip", ("none", "sum", "max")),
+            ("fusion", ("max", "sum")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"protocol.{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
         if self.size is not None and self.size < 1:
             raise InputError(f"protocol.size is {self.size}: expected a positive number of pixels or null")
+        if not self.scales or min(self.scales) <= 0:
+            raise InputError(f"protocol.scales is {list(self.scales)}: expected one or more positive factors")
 
     def describe(self, split: str, cam_scales: Sequence[float], background_threshold: float) -> dict[str, str]:
         """For each kind of figure the sentence that has to stand beside it."""
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
-        scales = ", ".join(f"{s:g}" for s in cam_scales)
-        cam = f"{split}, scales {scales} with flip, {size}, threshold {background_threshold:g}"
+        cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, threshold {background_threshold:g}"
         cam += f", {self.image_labels} image labels, no CRF"
+        seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({self.fusion})"
+        seg += "" if self.flip == "none" else f" with flip ({self.flip})"
+        crf = "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
         return {
-            "miou": f"{split}, single scale, {size}, no image labels, no CRF",
+            "miou": f"{split}, {seg}, {size}, no image labels, {crf}",
             "cam_miou": cam,
             "aux_cam_miou": cam,
             "map": f"{split}, single scale, {size}, macro average over the classes that occur",
         }
+
+
+def _listed(scales: Sequence[float]) -> str:
+    return ", ".join(f"{scale:g}" for scale in scales)
 
 
 class SegmentationIoU(Metric):

@@ -50,7 +50,7 @@ def predict(cfg: DictConfig) -> int:
         present = (output["logits"].sigmoid() > cfg.class_threshold).float()  # (1, C)
         size = image.shape[:2]
         if output["seg"] is not None:
-            mask = resize(output["seg"], size).argmax(1)
+            mask = method.segment(tensor[None].to(device), size, output["seg"]).argmax(1)
         else:
             mask = cam_to_label(resize(output["cam"], size), present, method.background_threshold)
         ids = mask[0].to(torch.uint8).cpu().numpy()

@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import wsss.methods.toco
 from wsss.checkpoints import read_official_toco, toco_from_official, toco_to_official
+from wsss.config import config_dir
 from wsss.data.datamodule import Normalise
 from wsss.lattice import PermutohedralLattice
 from wsss.losses import PatchTokenContrastLoss, build
 from wsss.losses.energy import DenseEnergyLoss
 from wsss.methods.toco import ToCo
-from wsss.metrics import SegmentationIoU
+from wsss.metrics import Protocol, SegmentationIoU
 from wsss.optim import warmup_poly
-from wsss.refine.cam import box_mask, cam_to_label, draw_crops, multiscale_cam, region_map
+from wsss.refine.cam import box_mask, cam_to_label, draw_crops, multiscale_cam, multiscale_seg, region_map
+from wsss.refine.crf import dense_crf
 from wsss.refine.par import OFFSETS, PAR
 
 Arrays = dict[str, Any]
@@ -37,6 +40,12 @@ SETTINGS: dict[str, Any] = {
     "par_neighbours": {"dilations": (1, 2)},
     "ctc_temperature": {"": 0.5, "_t1": 1.0},
     "energy": {"reg": {}, "reg1": {"strength": 1.0, "scale": 1.0}},
+    "segcam_scales": (1.0, 1.25, 1.5),
+    "crf": {
+        "crf_seg": ((1.0, 1.0), (121.0, 5.0, 4.0)),
+        "crf_camlabel": ((3.0, 3.0), (36.0, 3.0, 4.0)),
+        "crf_inference": ((3.0, 3.0), (80.0, 13.0, 10.0)),
+    },
     "lr": {"base": 6e-5, "factor": 10.0, "warmup": 1500, "max": {"voc": 20_000, "coco": 80_000}},
     "voc": {"background_threshold": 0.5, "low_threshold": 0.25, "high_threshold": 0.7},
     "coco": {"background_threshold": 0.45, "low_threshold": 0.25, "high_threshold": 0.65},
@@ -57,9 +66,6 @@ SETTINGS: dict[str, Any] = {
 
 NOT_YET = (
     ("toco/transforms", "our transforms draw from another generator: to be compared with injected draws"),
-    ("toco/inference voc_msc_seg coco_msc_seg", "multi-scale segmentation is not implemented"),
-    ("toco/inference segcam_keys segcam_high_res", "segmentation scores as CAMs are not implemented"),
-    ("toco/inference crf_seg crf_camlabel crf_inference", "the dense CRF is not implemented"),
     ("toco/evaluate pAcc mAcc p_pAcc p_mAcc", "pixel accuracies are not among our figures"),
     ("toco/train_* rec/cls_score", "the F1 score of one training image is not among our figures"),
 )
@@ -68,6 +74,38 @@ NOT_YET = (
 @pytest.mark.parametrize(("arrays", "reason"), NOT_YET, ids=[name for name, _ in NOT_YET])
 def test_not_compared(arrays: str, reason: str) -> None:
     pytest.skip(f"{arrays}: {reason}")
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["voc", "coco"])
+def test_final_protocols(recordings: Any, match: Any, model: ToCo, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """conf/protocol/toco_<data>.yaml without its CRF."""
+    settings = OmegaConf.to_container(OmegaConf.load(config_dir() / "protocol" / f"toco_{data}.yaml"))
+    monkeypatch.setattr(model, "protocol", Protocol(**settings | {"crf": None}))
+    image, gt = recordings("toco/inference")["img"], recordings("toco/inference")["gt"]
+    scores = model.segment(image, gt.shape[-2:], model.infer(image)["seg"])
+    match("toco/inference", f"{data}_msc_seg", scores, rtol=1e-4, atol=1e-4)
+
+
+def test_segmentation_as_cams(recordings: Any, match: Any, model: ToCo) -> None:
+    arrays = recordings("toco/inference")
+    image = arrays["img"]
+    scores = multiscale_seg(lambda x: model(x)["seg"], image, image.shape[-2:], SETTINGS["segcam_scales"], "max", "sum")
+    present = arrays["cls_label"][0].nonzero()[:, 0]
+    match("toco/inference", "segcam_keys", present)
+    match("toco/inference", "segcam_high_res", scores.softmax(1)[0, 1:][present], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["crf_seg", "crf_camlabel", "crf_inference"])
+def test_crf(recordings: Any, match: Any, name: str) -> None:
+    arrays, (gaussian, bilateral) = recordings("toco/inference"), SETTINGS["crf"][name]
+    image = arrays["crf_img"].permute(2, 0, 1)[None]
+    found = dense_crf(image, arrays["crf_prob"][None], 10, gaussian, bilateral)[0]
+    match("toco/inference", name, found, atol=1e-4, share=1e-3)
+    match("toco/inference", name, found, atol=1e-3)
+    assert torch.equal(found.argmax(0), arrays[name].argmax(0))
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

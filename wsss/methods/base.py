@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.losses import build
 from wsss.metrics import ClassificationMAP, Protocol, SegmentationIoU, flatten_iou
-from wsss.refine.cam import cam_to_label, multiscale_cam, resize
+from wsss.refine.cam import cam_to_label, multiscale_cam, multiscale_seg, resize
+from wsss.refine.crf import dense_crf
 
 
 class WSSSModule(pl.LightningModule):
@@ -98,6 +99,25 @@ class WSSSModule(pl.LightningModule):
         maps = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(len(self.cam_names), dim=1)
         return output | dict(zip(self.cam_names, maps, strict=True))
 
+    def colours(self, image: Tensor) -> Tensor:
+        """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
+        # one channel at a time: plain numbers spare the copy of a small tensor to the device
+        channels = zip(image.unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([channel * (255 * std) + 255 * mean for channel, mean, std in channels], dim=1)
+
+    def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
+        """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of `infer`."""
+        protocol, side = self.protocol, self.protocol.size
+        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
+            scores = resize(seg, size)
+        else:
+            sized = image if side is None else resize(image, (side, side))
+            how = (size, protocol.scales, protocol.flip, protocol.fusion)
+            scores = multiscale_seg(lambda x: self(x)["seg"], sized, *how)
+        if protocol.crf is not None:
+            scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
+        return scores
+
     def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
         return cam_to_label(cam, label, self.background_threshold)
@@ -115,7 +135,7 @@ class WSSSModule(pl.LightningModule):
         mask = batch["mask"]
         size = mask.shape[-2:]
         if output["seg"] is not None:
-            self.metrics["miou"].update(resize(output["seg"], size).argmax(1), mask)
+            self.metrics["miou"].update(self.segment(batch["image"], size, output["seg"]).argmax(1), mask)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
         for name in self.cam_names:
             cam = resize(output[name], size)

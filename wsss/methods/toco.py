@@ -279,12 +279,6 @@ class ToCo(WSSSModule):
             self.par_scale,
         )
 
-    def colours(self, image: Tensor) -> Tensor:
-        """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
-        # one channel at a time: plain numbers spare the copy of a small tensor to the device
-        channels = zip(image.unbind(1), self.mean, self.std, strict=True)
-        return torch.stack([channel * (255 * std) + 255 * mean for channel, mean, std in channels], dim=1)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = [self.classifier, self.aux_classifier, self.projector, self.decoder]
         groups = [

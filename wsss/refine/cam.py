@@ -44,6 +44,39 @@ def multiscale_cam(
     return total / (total.amax(dim=(-2, -1), keepdim=True) + 1e-5)
 
 
+@torch.no_grad()
+def multiscale_seg(
+    seg: Callable[[Tensor], Tensor],
+    image: Tensor,
+    size: Sequence[int],
+    scales: Sequence[float] = (1.0,),
+    flip: str = "none",
+    fusion: str = "max",
+) -> Tensor:
+    """Class scores (B, K, *size) of several scales and mirror images.
+
+    Args:
+        seg: (B, 3, H, W) -> (B, K, h, w) scores.
+        image: (B, 3, H, W).
+        size: height and width of the result; scores are resized to it before they are fused.
+        scales: factors of the image size.
+        flip: how plain and mirrored scores become one, `sum`, `max`, or `none` for the plain ones alone.
+        fusion: how scales become one, `max` or `sum`.
+    """
+    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = image if scale == 1.0 else resize(image, [int(scale * side) for side in image.shape[-2:]])
+        if flip == "none":
+            scores = resize(seg(scaled), size)
+        else:
+            plain, mirrored = resize(seg(torch.cat([scaled, scaled.flip(-1)])), size).chunk(2)
+            scores = fuse[flip](plain, mirrored.flip(-1))
+        total = scores if total is None else fuse[fusion](total, scores)
+    assert total is not None  # a protocol has at least one scale
+    return total
+
+
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
