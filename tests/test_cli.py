@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
 
 from wsss import losses
+from wsss.checkpoints import toco_to_official
 
 
 @pytest.fixture
@@ -235,6 +236,35 @@ def test_bad_data_in_a_worker(voc: Path, tmp_path: Path, capsys: pytest.CaptureF
     said = broken_voc(voc, "truncated image")
     workers = ["data.num_workers=1", f"dataset.root={voc}", f"hydra.run.dir={tmp_path / 'run'}"]
     assert said[0] in fails(capsys, 2, *VOC_OVERRIDES, *workers)
+
+
+def test_official_checkpoint(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained here, written as the original code does, evaluated as if it had been downloaded: the same figures."""
+    given = [f"dataset.root={voc}", f"hydra.run.dir={tmp_path / 'run'}", "data.eval_batch_size=1", "protocol.size=40"]
+    assert call("train", *VOC_OVERRIDES, *given) == 0
+    ours = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    official = tmp_path / "model_iter_2.pth"
+    torch.save({f"module.{name}": tensor for name, tensor in toco_to_official(ours).items()}, official)
+    checkpoint, out = f"checkpoint={official}", tmp_path / "eval"
+    assert "dataset=voc" in fails(capsys, 2, checkpoint, command="eval")
+    # what no tensor tells
+    settings = [
+        "method.backbone_args.num_heads=2",
+        "method.aux_layer=-2",
+        "method.cam_scales=[1.0]",
+        "method.decoder_dilation=1",
+    ]
+    settings += [
+        "protocol.size=40",
+        "data.num_workers=0",
+        "trainer.enable_progress_bar=false",
+        "trainer.accelerator=cpu",
+    ]
+    asked = ["method=toco", "dataset=voc", f"dataset.root={voc}", f"hydra.run.dir={out}"]
+    assert call("eval", checkpoint, *asked, *settings) == 0
+    trained, measured = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "run", out))
+    for key in ("val/map", "val/miou", "val/cam_miou", "val/aux_cam_miou"):
+        assert measured[key] == pytest.approx(trained[key], abs=1e-6), key
 
 
 def test_bad_checkpoints(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

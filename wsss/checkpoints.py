@@ -13,10 +13,11 @@ from wsss.networks.vit import read_state_dict
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint written by `wsss-train`, read without executing anything of it (weights_only).
+    """A checkpoint of `wsss-train`, or of the original ToCo code, read without executing anything of it.
 
     Beside Lightning's entries it holds `hyper_parameters`, the plain values of the method's constructor, and
     `wsss`: `method` and `dataset` (names of config options), `dataset_values`, `protocol`, `classes`, `mean`, `std`.
+    Of the original's only `state_dict`, `hyper_parameters` and `wsss` with `method` are known.
 
     Raises:
         InputError: the file is missing, damaged, or something else.
@@ -28,6 +29,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"checkpoint {path} cannot be read as a file of tensors and plain values: {reason}") from error
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        state, values = read_official_toco(path)
+        return {"state_dict": state, "hyper_parameters": values, "wsss": {"method": "toco"}}
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "wsss"} <= content.keys():
         raise InputError(f"checkpoint {path} was not written by wsss-train: it lacks what the method was built with")
     return content

@@ -85,7 +85,10 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
     from wsss.metrics import Protocol
 
     checkpoint = read_checkpoint(cfg.checkpoint)
-    known = tuple(checkpoint["wsss"]["classes"])
+    origin = checkpoint["wsss"]
+    count = checkpoint["hyper_parameters"]["num_classes"]
+    # a checkpoint of an original repository does not name its classes
+    known = tuple(origin.get("classes") or (classes if classes and len(classes) == count else map(str, range(count))))
     if classes is not None and classes != known:
         raise InputError(
             f"checkpoint {cfg.checkpoint} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data set has "
@@ -95,7 +98,7 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next
         method = build(cfg.method, "method", num_classes=len(known), classes=known)
     load_weights(method, checkpoint, cfg.checkpoint)
-    method.mean, method.std = tuple(checkpoint["wsss"]["mean"]), tuple(checkpoint["wsss"]["std"])
+    method.mean, method.std = (tuple(origin.get(key, getattr(method, key))) for key in ("mean", "std"))
     method.protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
     return method
 
@@ -125,14 +128,19 @@ def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
     stored = [f"method={origin['method']}"]
     # the weights come from this file, not from where training started
     built = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in ("num_classes", "classes")}
-    values = {"method": built | {"weights": None}, "protocol": origin["protocol"]}
-    if dataset:
+    values = {"method": built | {"weights": None}, "protocol": origin.get("protocol", {})}
+    if dataset and "dataset" not in origin:
+        if not values_of(overrides, "dataset"):
+            raise InputError(
+                f"checkpoint {given[0]} does not say which data set it belongs to: add dataset=voc dataset.root=DIR"
+            )
+    elif dataset:
         same = values_of(overrides, "dataset") in ([], [origin["dataset"]])
         stored += [f"dataset={origin['dataset']}"] if same else []
         values |= {"dataset": origin["dataset_values"]} if same else {}
-    stored += [f"{group}.{key}={quote(value)}" for group, node in values.items() for key, value in node.items()]
+    stored += [f"++{group}.{key}={quote(value)}" for group, node in values.items() for key, value in node.items()]
     names = {o.partition("=")[0] for o in overrides}
-    stored = [o for o in stored if o.partition("=")[0] not in names]
+    stored = [o for o in stored if o.partition("=")[0].lstrip("+") not in names]
     first = next((i for i, o in enumerate(overrides) if not o.startswith("-") and "=" in o), len(overrides))
     return [*overrides[:first], *stored, *overrides[first:]]
 
