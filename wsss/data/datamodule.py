@@ -112,7 +112,7 @@ class DataModule(pl.LightningDataModule):
         self.seed = seed
         if train is None and val is None:
             raise InputError("a DataModule needs a data set to train on or one to evaluate on")
-        self.classes: tuple[str, ...] = (train or val).classes  # type: ignore[union-attr]
+        self.classes: tuple[str, ...] = (train if train is not None else val).classes  # type: ignore[union-attr]
         self.num_classes = len(self.classes)
         self.mean: Sequence[float] = (0.485, 0.456, 0.406)
         self.std: Sequence[float] = (0.229, 0.224, 0.225)

@@ -22,8 +22,7 @@ class WSSSModule(pl.LightningModule):
     one pass over the network with raw maps, and `training_step`, which ends with `self.combine(terms, weights)`.
 
     Args:
-        num_classes: C, foreground classes only.
-        classes: their names; numbers when None.
+        num_classes: C, foreground classes only; `classes` are their names, numbers when None.
         background_threshold: up to this value a CAM means background in the evaluation.
         cam_scales: scales of the multi-scale CAM, in training and evaluation.
         losses: mapping from a loss key to its `weight` and arguments, or to None to leave the term out.
@@ -59,12 +58,12 @@ class WSSSModule(pl.LightningModule):
                 raise InputError(f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}")
             if settings is not None:
                 if not isinstance(settings, Mapping) or not isinstance(settings.get("weight", 1.0), int | float):
-                    raise InputError(
-                        f"losses.{key} is {settings}: expected {{weight: number, argument: value}} or null"
-                    )
+                    raise InputError(f"losses.{key} is {settings}: expected {{weight: number, ...}} or null")
                 arguments = dict(settings)
                 self.loss_weights[key] = float(arguments.pop("weight", 1.0))
                 self.losses[key] = build(key, **arguments)
+        if not self.losses:
+            raise InputError("losses: every term is null, so there is nothing to learn")
         metrics = nn.ModuleDict({"map": ClassificationMAP(num_classes)})
         for key in ("miou", *(f"{name}_miou" for name in self.cam_names)):
             metrics[key] = SegmentationIoU(num_classes + 1)
@@ -85,11 +84,7 @@ class WSSSModule(pl.LightningModule):
 
     @torch.no_grad()
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
-        """`forward` at the protocol's size, with CAMs multi-scale, normalised to [0, 1) and at image size.
-
-        Without `cams` a method with a segmentation head leaves the CAMs as `forward` gave them, which spares the
-        passes at the other scales.
-        """
+        """`forward` at the protocol's size; CAMs multi-scale, in [0, 1), at image size (if `cams`, or without seg)."""
         if self.protocol.size is not None:
             image = resize(image, (self.protocol.size, self.protocol.size))
         output = self(image)
@@ -112,8 +107,8 @@ class WSSSModule(pl.LightningModule):
             scores = resize(seg, size)
         else:
             sized = image if side is None else resize(image, (side, side))
-            how = (size, protocol.scales, protocol.flip, protocol.fusion)
-            scores = multiscale_seg(lambda x: self(x)["seg"], sized, *how)
+            how = (protocol.scales, protocol.flip, protocol.fusion)
+            scores = multiscale_seg(lambda x: self(x)["seg"], sized, size, *how)
         if protocol.crf is not None:
             scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
         return scores
@@ -132,8 +127,7 @@ class WSSSModule(pl.LightningModule):
         self.metrics["map"].update(output["logits"], label)
         if "mask" not in batch:
             return
-        mask = batch["mask"]
-        size = mask.shape[-2:]
+        mask, size = batch["mask"], batch["mask"].shape[-2:]
         if output["seg"] is not None:
             self.metrics["miou"].update(self.segment(batch["image"], size, output["seg"]).argmax(1), mask)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
