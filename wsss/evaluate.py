@@ -51,7 +51,6 @@ def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: i
 
     rows: list[list[Any]] = []
     method.eval()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (method.mean, method.std))
     for batch in data.val_dataloader():
         for index in range(min(len(batch["image"]), count - len(rows))):
             image, label = (batch[key][index : index + 1].to(method.device) for key in ("image", "label"))
@@ -60,7 +59,7 @@ def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: i
             cam = resize(output["cam"], size) * label[:, :, None, None]
             with torch.no_grad():
                 pseudo = method.pseudo_label(image, cam, label)[0].cpu().numpy()
-            colours = ((image[0].cpu() * std + mean) * 255).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            colours = method.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
             row = [colours, heat(colours, cam[0].amax(0).cpu().numpy()), paint(pseudo)]
             if output["seg"] is not None:
                 row.append(paint(resize(output["seg"], size).argmax(1)[0].cpu().numpy()))

@@ -32,7 +32,7 @@ def test_training_batches_hold_no_mask(tmp_path: Path) -> None:
 
 def test_a_data_set_that_offers_masks_in_training_is_not_heard() -> None:
     module = DataModule(Shapes("val", val_size=4), transform=FlipCrop(32), num_workers=0)
-    assert "mask" in module.train[0]  # type: ignore[index]
+    assert "mask" in module.train[0]
     assert next(iter(module.train_dataloader())).keys() == {"image", "image_box", "label", "id"}
 
 
@@ -47,7 +47,7 @@ def test_batch_contract() -> None:
     assert all(isinstance(name, str) for name in batch["id"])
     batch = next(iter(module.val_dataloader()))
     assert (batch["mask"].shape, batch["mask"].dtype) == ((2, 64, 64), torch.long)
-    image = torch.from_numpy(module.val[0]["image"]).permute(2, 0, 1).float()  # type: ignore[index]
+    image = torch.from_numpy(module.val[0]["image"]).permute(2, 0, 1).float()
     mean, std = (torch.tensor(v)[:, None, None] for v in (module.mean, module.std))
     assert torch.equal(batch["image"][0], (image / 255 - mean) / std)
 
@@ -79,7 +79,7 @@ def test_images_of_one_batch_have_one_size() -> None:
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"num_workers": -1}])
 def test_bad_numbers(arguments: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):
-        DataModule(Shapes(), **arguments)  # type: ignore[arg-type]
+        DataModule(Shapes(), **arguments)
 
 
 def photograph(height: int, width: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One DataModule for every data set."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -12,6 +12,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from wsss import InputError
 from wsss.data.transforms import FlipCrop, Views
+
+
+class Images(Protocol):
+    """What our data sets give: named classes and items that a DataModule makes batches of."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class EndlessSampler(Sampler[tuple[int, int]]):
@@ -37,7 +47,7 @@ class EndlessSampler(Sampler[tuple[int, int]]):
 class _TrainItems(Dataset[dict[str, Any]]):
     """Transformed training items by (position, index): what is drawn depends on seed and position alone."""
 
-    def __init__(self, source: Dataset[dict[str, Any]], transform: Callable[..., Views], module: "DataModule") -> None:
+    def __init__(self, source: Images, transform: Callable[..., Views], module: "DataModule") -> None:
         self.source, self.transform = source, transform
         self.seed, self.normalise = module.seed, module.normalise
 
@@ -53,11 +63,11 @@ class _TrainItems(Dataset[dict[str, Any]]):
 class _EvalItems(Dataset[dict[str, Any]]):
     """Whole images with their masks, where the data set has masks."""
 
-    def __init__(self, source: Dataset[dict[str, Any]], module: "DataModule") -> None:
+    def __init__(self, source: Images, module: "DataModule") -> None:
         self.source, self.normalise = source, module.normalise
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
+        return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.source[index]
@@ -91,8 +101,8 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[dict[str, Any]] | None,
-        val: Dataset[dict[str, Any]] | None = None,
+        train: Images | None,
+        val: Images | None = None,
         transform: Callable[..., Views] | None = None,
         batch_size: int = 2,
         eval_batch_size: int = 1,
@@ -110,9 +120,10 @@ class DataModule(pl.LightningDataModule):
         self.train, self.val, self.transform = train, val, transform or FlipCrop()
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed = seed
-        if train is None and val is None:
+        first = val if train is None else train
+        if first is None:
             raise InputError("a DataModule needs a data set to train on or one to evaluate on")
-        self.classes: tuple[str, ...] = (train if train is not None else val).classes  # type: ignore[union-attr]
+        self.classes = first.classes
         self.num_classes = len(self.classes)
         self.mean: Sequence[float] = (0.485, 0.456, 0.406)
         self.std: Sequence[float] = (0.229, 0.224, 0.225)
@@ -128,12 +139,12 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def train_size(self) -> int:
-        return len(self.train) if self.train is not None else 0  # type: ignore[arg-type]
+        return len(self.train) if self.train is not None else 0
 
     @property
     def val_name(self) -> str:
-        """What is evaluated, for people: the data set's own word for its split, and its size."""
-        return f"{getattr(self.val, 'name', 'val')}, {len(self.val)} images"  # type: ignore[arg-type]
+        """What is evaluated, for people."""
+        return f"val, {len(self.val) if self.val is not None else 0} images"
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         if self.train is None:
@@ -142,11 +153,10 @@ class DataModule(pl.LightningDataModule):
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world
-        length = len(self.train)  # type: ignore[arg-type]  # torch's Dataset declares no length
         return self._loader(
             _TrainItems(self.train, self.transform, self),
             self.batch_size,
-            sampler=EndlessSampler(length, self.seed, start, rank, world),
+            sampler=EndlessSampler(len(self.train), self.seed, start, rank, world),
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:

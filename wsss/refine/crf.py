@@ -74,7 +74,7 @@ def _pydensecrf(
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:
-        raise InputError("crf backend pydensecrf is not installed: pip install 'wsss[crf]', or use torch") from error
+        raise InputError("crf backend pydensecrf is not installed: pip install pydensecrf2, or use torch") from error
     labels, h, w = probability.shape
     crf = DenseCRF2D(w, h, labels)
     unary = -probability.float().clamp(min=1e-5).log().flatten(1)
