@@ -33,6 +33,8 @@ def test_file_and_signature_agree(path: Any) -> None:
     names = set(parameters) - GIVEN_BY_THE_COMMAND.get(group, set())
     assert set(node) - {"_target_"} == names
     plain: Any = OmegaConf.to_container(node)
+    if path.stem != min(p.stem for p in path.parent.glob("*.yaml") if f"_target_: {node._target_}\n" in p.read_text()):
+        return  # a second version of the same class differs in its values
     for name in names:
         default, value = parameters[name].default, plain[name]
         if default in (None, inspect.Parameter.empty) or "${" in str(value):

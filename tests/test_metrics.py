@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wsss import InputError
-from wsss.metrics import ClassificationMAP, Protocol, SegmentationIoU, flatten_iou
+from wsss.metrics import CamIoU, ClassificationMAP, ImageMAP, Protocol, SegmentationIoU, evaluation, figures_of
 
 
 def iou_reference(predictions: np.ndarray, targets: np.ndarray, num_ids: int) -> list[float]:
@@ -55,9 +55,60 @@ def test_iou_before_any_target_is_nan() -> None:
     assert metric.compute().isnan()
 
 
-def test_flatten_iou_leaves_absent_classes_out() -> None:
-    flat = flatten_iou(torch.tensor([0.5, float("nan"), 1.0]), ("cat", "dog"))
-    assert flat == {"iou/background": 0.5, "iou/dog": 1.0}
+def test_figures_leave_absent_classes_out_and_start_anew() -> None:
+    metrics = evaluation(2, ["cam"], 0.5)
+    ids = torch.tensor([[[0, 2], [2, 255]]])
+    metrics["miou"].update(ids, ids)
+    cam = torch.tensor([[[[0.0, 0.0], [0.0, 0.0]], [[0.1, 0.7], [0.3, 0.0]]]])
+    metrics["cam_miou"].update(cam, torch.tensor([[0.0, 1.0]]), ids)
+    figures = {key: float(value) for key, value in figures_of(metrics, ("cat", "dog")).items()}
+    assert figures == pytest.approx(
+        {
+            "iou/background": 1,
+            "iou/dog": 1,
+            "miou": 1,
+            "cam_miou": 0.5,  # one pixel of three is taken for background
+            "cam_best_miou": 1,
+            "cam_best_threshold": 0.1,
+        }
+    )
+    assert figures_of(metrics, ("cat", "dog")) == {}
+
+
+def test_cam_iou_is_that_of_every_threshold() -> None:
+    rng = np.random.default_rng(1)
+    target = torch.from_numpy(rng.integers(0, 4, (3, 2, 5, 7)))
+    target[:, :, 0] = 255
+    cam = torch.from_numpy(rng.integers(0, 101, (3, 2, 3, 5, 7)) / 100).float()  # ties, and values on thresholds
+    label = torch.tensor([[[1.0, 0, 1], [0, 0, 1]], [[0, 0, 0], [1, 1, 1]], [[0, 1, 0], [1, 0, 0]]])
+    metric = CamIoU(3, 0.395)
+    for values in zip(cam, label, target, strict=True):
+        metric.update(*values)
+    curve = metric.curve()
+    for threshold, miou in zip(metric.thresholds.tolist(), curve.tolist(), strict=True):
+        reference = SegmentationIoU(4)
+        for values, labels, ids in zip(cam, label, target, strict=True):
+            value, index = (values * labels[:, :, None, None]).max(1)
+            reference.update(torch.where(value > torch.tensor(threshold), index + 1, 0), ids)
+        assert miou == pytest.approx(reference.compute().item(), abs=1e-12)
+    assert len(curve) == 101
+    assert metric.compute() == curve[40]
+    best, threshold = metric.best()
+    assert curve[metric.thresholds == threshold] == best == curve.max()
+
+
+def test_image_map_is_the_mean_over_labelled_images() -> None:
+    rng = np.random.default_rng(2)
+    scores, labels = rng.normal(size=(6, 5)), (rng.random((6, 5)) < 0.4).astype(float)
+    labels[2] = 0
+    metric = ImageMAP()
+    for part in (slice(0, 3), slice(3, 6)):
+        metric.update(torch.from_numpy(scores[part]), torch.from_numpy(labels[part]))
+    expected = [average_precision(s, t) for s, t in zip(scores, labels, strict=True) if t.any()]
+    assert metric.compute().item() == pytest.approx(np.mean(expected), abs=1e-6)
+    metric.reset()
+    metric.update(torch.zeros(1, 5), torch.zeros(1, 5))
+    assert not metric.update_called or metric.compute().isnan()
 
 
 def average_precision(score: np.ndarray, label: np.ndarray) -> float:
@@ -102,9 +153,21 @@ def test_map_without_any_label_is_nan() -> None:
     assert metric.compute().isnan()
 
 
+def figures_of_all() -> dict[str, float]:
+    """Every figure there is."""
+    metrics, ids = evaluation(1, ["cam", "aux_cam"], 0.5), torch.zeros(1, 2, 2, dtype=torch.long)
+    for key, metric in metrics.items():
+        logits, label = torch.zeros(1, 1), torch.ones(1, 1)
+        inputs = {"map": (logits, label), "image_map": (logits, label), "miou": (ids, ids)}
+        metric.update(*inputs.get(key, (torch.zeros(1, 1, 2, 2), label, ids)))
+    return figures_of(metrics, ("cat",))
+
+
 def test_protocol_is_said() -> None:
     notes = Protocol().describe("val, 4 images", (1.0, 0.5), 0.45)
-    assert set(notes) == {"miou", "cam_miou", "aux_cam_miou", "map"}
+    figures = {key for key in figures_of_all() if not key.startswith("iou/") and not key.endswith("threshold")}
+    assert set(notes) == figures
+    assert "chosen with these masks" in notes["cam_best_miou"]
     assert notes["miou"] == "val, 4 images, single scale, image size, no image labels, no CRF"
     for part in ("val, 4 images", "scales 1, 0.5 with flip", "image size", "threshold 0.45", "true image labels"):
         assert part in notes["cam_miou"]

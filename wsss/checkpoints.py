@@ -1,7 +1,7 @@
 """Checkpoints: reading them safely, what they say about themselves, and those of the original repositories."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from wsss.networks.vit import read_state_dict
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint of `wsss-train`, or of the original ToCo code, read without executing anything of it.
+    """A checkpoint of `wsss-train`, or of the original ToCo or MCTformer code, read without executing anything of it.
 
     Beside Lightning's entries it holds `hyper_parameters`, the plain values of the method's constructor, and
     `wsss`: `method` and `dataset` (names of config options), `dataset_values`, `protocol`, `classes`, `mean`, `std`.
@@ -29,9 +29,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"checkpoint {path} cannot be read as a file of tensors and plain values: {reason}") from error
-    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
-        state, values = read_official_toco(path)
-        return {"state_dict": state, "hyper_parameters": values, "wsss": {"method": "toco"}}
+    inner = content.get("model", content) if isinstance(content, dict) else None
+    if isinstance(inner, dict) and inner and all(isinstance(value, Tensor) for value in inner.values()):
+        method = "toco"
+        if any(str(name).endswith("cls_token") and "encoder." not in str(name) for name in inner):
+            method, state, values = read_official_mctformer(path)
+        else:
+            state, values = read_official_toco(path)
+        return {"state_dict": state, "hyper_parameters": values, "wsss": {"method": method}}
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "wsss"} <= content.keys():
         raise InputError(f"checkpoint {path} was not written by wsss-train: it lacks what the method was built with")
     return content
@@ -67,23 +72,28 @@ TOCO_PARAMETERS = {
 TOCO_HEAD = "encoder.head."
 """The ImageNet classifier: the original keeps it in every checkpoint and never uses it."""
 
+VIT_SHAPES = {
+    "patch_embed.proj.weight": "width 3 patch patch",
+    "patch_embed.proj.bias": "width",
+    "blocks.*.norm1.weight": "width",
+    "blocks.*.norm1.bias": "width",
+    "blocks.*.attn.qkv.weight": "3*width width",
+    "blocks.*.attn.qkv.bias": "3*width",
+    "blocks.*.attn.proj.weight": "width width",
+    "blocks.*.attn.proj.bias": "width",
+    "blocks.*.norm2.weight": "width",
+    "blocks.*.norm2.bias": "width",
+    "blocks.*.mlp.fc1.weight": "mlp width",
+    "blocks.*.mlp.fc1.bias": "mlp",
+    "blocks.*.mlp.fc2.weight": "width mlp",
+    "blocks.*.mlp.fc2.bias": "width",
+}
+"""Names and shapes of a vision transformer's tensors; `*` is every block."""
+
 TOCO_SHAPES = {
     "encoder.vit.cls_token": "1 1 width",
     "encoder.vit.pos_embed": "1 positions width",
-    "encoder.vit.patch_embed.proj.weight": "width 3 patch patch",
-    "encoder.vit.patch_embed.proj.bias": "width",
-    "encoder.vit.blocks.*.norm1.weight": "width",
-    "encoder.vit.blocks.*.norm1.bias": "width",
-    "encoder.vit.blocks.*.attn.qkv.weight": "3*width width",
-    "encoder.vit.blocks.*.attn.qkv.bias": "3*width",
-    "encoder.vit.blocks.*.attn.proj.weight": "width width",
-    "encoder.vit.blocks.*.attn.proj.bias": "width",
-    "encoder.vit.blocks.*.norm2.weight": "width",
-    "encoder.vit.blocks.*.norm2.bias": "width",
-    "encoder.vit.blocks.*.mlp.fc1.weight": "mlp width",
-    "encoder.vit.blocks.*.mlp.fc1.bias": "mlp",
-    "encoder.vit.blocks.*.mlp.fc2.weight": "width mlp",
-    "encoder.vit.blocks.*.mlp.fc2.bias": "width",
+    **{f"encoder.vit.{name}": axes for name, axes in VIT_SHAPES.items()},
     "encoder.vit.norm.weight": "width",
     "encoder.vit.norm.bias": "width",
     "encoder.head.weight": "1000 width",
@@ -152,51 +162,153 @@ def read_official_toco(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     content = {str(name): tensor for name, tensor in read_state_dict(path).items()}
     state = _our_names(content)
-    blocks = {name.split(".")[3] for name in state if name.startswith("encoder.vit.blocks.")}
-    shapes = {
-        name.replace("*", str(index)): axes
-        for name, axes in TOCO_SHAPES.items()
-        for index in range(len(blocks) if "*" in name else 1)
-    }
-    shapes |= {f"teacher_{name}": axes for name, axes in shapes.items() if name.startswith("projector.")}
-    sizes: dict[str, int] = {}
-    faults = {
-        "lacks": [name for name in shapes if name not in state and not name.startswith(TOCO_HEAD)],
-        "has unknown": [name for name in state if name not in shapes],
-        "has no float weights or an unexpected shape in": [
-            name
-            for name, axes in shapes.items()
-            if name in state and not (state[name].is_floating_point() and _fits(state[name], axes, sizes))
-        ],
-    }
-    positions = sizes.get("positions", 2)  # a missing embedding is among the faults already
-    side = math.isqrt(positions - 1)
-    if side == 0 or positions != 1 + side**2:
-        faults["has a grid of positions that is no square in"] = ["encoder.vit.pos_embed"]
-    said = []
-    for what, names in faults.items():
-        theirs = [_rename(name, TOCO_MODULES, TOCO_PARAMETERS) for name in names]
-        said += [f"{what} {', '.join(theirs[:3])} ({len(names)} in all)"] if names else []
+    projector = [name for name in TOCO_SHAPES if name.startswith("projector.")]
+    shapes = TOCO_SHAPES | {f"teacher_{name}": TOCO_SHAPES[name] for name in projector}
+    head = [name for name in shapes if name.startswith(TOCO_HEAD)]
+    faults, sizes = _compare(state, shapes, head, lambda name: _rename(name, TOCO_MODULES, TOCO_PARAMETERS))
+    side = math.isqrt(sizes.get("positions", 2) - 1)  # a missing embedding is among the faults already
+    if side == 0 or sizes.get("positions", 2) != 1 + side**2:
+        faults.append("has a grid of positions that is no square in encoder.pos_embed")
     if len(state) < len(content):
-        said.append("has some weights twice under different names")
-    if said:
+        faults.append("has some weights twice under different names")
+    if faults:
         raise InputError(
-            f"weights file {path} is no checkpoint of the original ToCo code: it {' and '.join(said)}; give a "
+            f"weights file {path} is no checkpoint of the original ToCo code: it {' and '.join(faults)}; give a "
             "model_iter_<n>.pth of a ViT-B or DeiT-B run, or a checkpoint of wsss-train"
         )
     values = {
         "num_classes": sizes["classes"],
-        "backbone_args": {
-            "embed_dim": sizes["width"],
-            "depth": len(blocks),
-            "patch_size": sizes["patch"],
-            "img_size": side * sizes["patch"],
-            "mlp_ratio": sizes["mlp"] / sizes["width"],
-        },
+        "backbone_args": _vit_arguments(sizes, side),
         "decoder_channels": sizes["channels"],
         "projector": {key: sizes[key] for key in ("hidden", "bottleneck", "out")},
     }
     return {name: tensor.float() for name, tensor in toco_from_official(content).items()}, values
+
+
+MCTFORMER_SHAPES = {
+    "cls_token": "1 classes width",
+    **VIT_SHAPES,
+    "norm.weight": "width",
+    "norm.bias": "width",
+    "head.bias": "classes",
+}
+"""Names and shapes that the three versions of MCTformer share; the norm is in every file and used by none."""
+
+MCTFORMER_VERSIONS = {
+    "mctformer_v1": {"pos_embed": "1 positions width", "head.weight": "classes width"},
+    "mctformer": {"pos_embed": "1 positions width", "head.weight": "classes width 3 3"},
+    "mctformer_plus": {
+        "pos_embed": "1 unused width",
+        "pos_embed_cls": "1 classes width",
+        "pos_embed_pat": "1 patches width",
+        "head.weight": "classes width 3 3",
+    },
+}
+"""What is in the files of one version, by the name of our method."""
+
+
+def mctformer_from_official(state: Mapping[str, Tensor], version: str) -> dict[str, Tensor]:
+    """Names of the original MCTformer code -> ours; what the network never uses is left out."""
+    unused = {"mctformer_v1": ("norm.", "head."), "mctformer": ("norm.",), "mctformer_plus": ("norm.", "pos_embed.")}
+    kept = {name: t for name, t in state.items() if not f"{name}.".startswith(unused[version])}
+    places = {"pos_embed": "encoder.position.", "head.": ""}
+    return {
+        next((p for k, p in places.items() if name.startswith(k)), "encoder.") + name: t for name, t in kept.items()
+    }
+
+
+def mctformer_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> those of the original MCTformer code, whose strict loading also wants what it never uses."""
+    official = {name.removeprefix("encoder.").removeprefix("position."): tensor for name, tensor in state.items()}
+    classes, width = official["cls_token"].shape[1:]
+    like = official["cls_token"]
+    unused = {"norm.weight": like.new_ones(width), "norm.bias": like.new_zeros(width)}
+    if "pos_embed_cls" in official:
+        unused["pos_embed"] = like.new_zeros(1, 197, width)
+    if "head.weight" not in official:
+        unused |= {"head.weight": like.new_zeros(classes, width), "head.bias": like.new_zeros(classes)}
+    return official | unused
+
+
+def read_official_mctformer(path: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Weights of a checkpoint of the original MCTformer code, V1, V2 or +, under our names, float32.
+
+    Returns:
+        The name of our method, its state dict, and the constructor's arguments that the file itself tells:
+        `num_classes` and `backbone_args`. No tensor tells the number of attention heads.
+
+    Raises:
+        InputError: the file is missing, damaged, or not such a checkpoint; names what is wrong.
+    """
+    state = {str(name).removeprefix("module."): tensor for name, tensor in read_state_dict(path).items()}
+    tokens, head = state.get("cls_token", torch.empty(0)), state.get("head.weight", torch.empty(0))
+    if tokens.ndim == 3 and tokens.shape[1] == 1 and len(head) != 1:
+        raise InputError(
+            f"checkpoint {path} holds the ImageNet weights of a vision transformer (one class token), no trained "
+            f"MCTformer: train from it with method.weights={path}"
+        )
+    if "pos_embed_cls" in state or "pos_embed_pat" in state:
+        version = "mctformer_plus"
+    else:
+        version = "mctformer" if head.ndim == 4 else "mctformer_v1"
+    faults, sizes = _compare(state, MCTFORMER_SHAPES | MCTFORMER_VERSIONS[version], ("norm.weight", "norm.bias"))
+    patches = sizes.get("patches", sizes.get("positions", 0) - sizes.get("classes", 0))
+    side = math.isqrt(max(0, patches))
+    if not faults and (side == 0 or side**2 != patches):
+        faults.append(f"has {patches} patch positions, which is no square grid")
+    if faults:
+        raise InputError(
+            f"checkpoint {path} looks like one of the original MCTformer code (method={version}), but it "
+            f"{' and '.join(faults)}; give a checkpoint.pth of V1, V2 or +, or a checkpoint of wsss-train"
+        )
+    values = {"num_classes": sizes["classes"], "backbone_args": _vit_arguments(sizes, side)}
+    return version, {n: t.float() for n, t in mctformer_from_official(state, version).items()}, values
+
+
+def _compare(
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, str],
+    optional: Sequence[str] = (),
+    theirs: Callable[[str], str] = str,
+) -> tuple[list[str], dict[str, int]]:
+    """What is wrong with the names and shapes of a file, in words, and the sizes its tensors tell.
+
+    Args:
+        state: tensors by name, our names where `theirs` gives back the file's.
+        shapes: the names and shapes expected, with `*` for every block; their number of blocks is `sizes["depth"]`.
+        optional: names that may be absent.
+    """
+    prefix = next(name for name in shapes if "blocks.*" in name).partition("*")[0]
+    sizes = {"depth": len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})}
+    expected = {
+        name.replace("*", str(index)): axes
+        for name, axes in shapes.items()
+        for index in range(sizes["depth"] if "*" in name else 1)
+    }
+    faults = {
+        "lacks": [name for name in expected if name not in state and name not in optional],
+        "has unknown": [name for name in state if name not in expected],
+        "has no float weights or an unexpected shape in": [
+            name
+            for name, axes in expected.items()
+            if name in state and not (state[name].is_floating_point() and _fits(state[name], axes, sizes))
+        ],
+    }
+    said = [
+        f"{what} {', '.join(map(theirs, names[:3]))} ({len(names)} in all)" for what, names in faults.items() if names
+    ]
+    return said, sizes
+
+
+def _vit_arguments(sizes: Mapping[str, int], side: int) -> dict[str, Any]:
+    """`backbone_args` of a transformer with a `side` x `side` table of positions."""
+    return {
+        "embed_dim": sizes["width"],
+        "depth": sizes["depth"],
+        "patch_size": sizes["patch"],
+        "img_size": side * sizes["patch"],
+        "mlp_ratio": sizes["mlp"] / sizes["width"],
+    }
 
 
 def _fits(tensor: Tensor, axes: str, sizes: dict[str, int]) -> bool:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from wsss import InputError
@@ -52,8 +53,9 @@ class Protocol:
     def describe(self, split: str, cam_scales: Sequence[float], background_threshold: float) -> dict[str, str]:
         """For each kind of figure the sentence that has to stand beside it."""
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
-        cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, threshold {background_threshold:g}"
-        cam += f", {self.image_labels} image labels, no CRF"
+        cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, {self.image_labels} image labels, no CRF"
+        best = f"{cam}, best threshold of 0 to 0.99, chosen with these masks"
+        cam += f", threshold {background_threshold:g}"
         seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({self.fusion})"
         seg += "" if self.flip == "none" else f" with flip ({self.flip})"
         crf = "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
@@ -61,7 +63,10 @@ class Protocol:
             "miou": f"{split}, {seg}, {size}, no image labels, {crf}",
             "cam_miou": cam,
             "aux_cam_miou": cam,
+            "cam_best_miou": best,
+            "aux_cam_best_miou": best,
             "map": f"{split}, single scale, {size}, macro average over the classes that occur",
+            "image_map": f"{split}, single scale, {size}, average over the images (MCTformer's mAP)",
         }
 
 
@@ -98,13 +103,66 @@ class SegmentationIoU(Metric):
 
     def iou(self) -> Tensor:
         """(C + 1,) IoU per id; NaN for an id that occurs neither in a target nor in a prediction."""
-        hits = self.confusion.diagonal().double()
-        union = self.confusion.sum(1) + self.confusion[:, : self.num_ids].sum(0) - hits
-        return hits / union
+        return _iou(self.confusion)
 
     def compute(self) -> Tensor:
         """Mean IoU over the ids that occur in the targets; NaN before any target was seen."""
         return self.iou()[self.confusion.sum(1) > 0].mean()
+
+
+def _iou(confusion: Tensor) -> Tensor:
+    """(..., N) from counts (..., N, N or more): rows are targets, columns predictions, further ones of no id."""
+    hits = confusion.diagonal(dim1=-2, dim2=-1).double()
+    union = confusion.sum(-1) + confusion[..., : confusion.shape[-2]].sum(-2) - hits
+    return hits / union
+
+
+class CamIoU(Metric):
+    """Mean IoU of CAMs at a fixed background threshold, and of the whole sweep 0, 0.01, ..., 0.99, in one pass.
+
+    Pixels take the class with the largest value among the image's labels, or background where that is not above the
+    threshold. Only a histogram is kept, so memory does not grow with the images.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    thresholds: Tensor
+
+    def __init__(self, num_classes: int, background_threshold: float, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.background_threshold, self.ignore_index, self.num_ids = background_threshold, ignore_index, num_classes + 1
+        sweep = {*(step / 100 for step in range(100)), background_threshold}
+        self.register_buffer("thresholds", torch.tensor(sorted(sweep)), persistent=False)
+        # [number of thresholds below the value, target, class of the largest value]
+        shape = (len(sweep) + 1, self.num_ids, self.num_ids)
+        self.add_state("counts", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, cam: Tensor, label: Tensor, target: Tensor) -> None:
+        """cam: (B, C, H, W) in [0, 1]; label: (B, C) 0 or 1, the classes that may appear; target: (B, H, W) ids."""
+        value, index = (cam.float() * label[:, :, None, None]).max(dim=1)
+        counted = target != self.ignore_index
+        below = torch.bucketize(value[counted], self.thresholds)
+        place = (below * self.num_ids + target[counted]) * self.num_ids + index[counted] + 1
+        self.counts += torch.bincount(place, minlength=self.counts.numel()).view_as(self.counts)
+
+    def confusion(self) -> Tensor:
+        """(T, C + 1, C + 1) counts by threshold, target and prediction."""
+        above = self.counts.flip(0).cumsum(0).flip(0)[1:]  # foreground at threshold t: more than t thresholds below
+        background = self.counts.sum((0, 2)) - above.sum(2)
+        return torch.cat([background[..., None], above[..., 1:]], dim=2)
+
+    def curve(self) -> Tensor:
+        """(T,) mean IoU by threshold, over the ids that occur in the targets."""
+        return _iou(self.confusion())[:, self.counts.sum((0, 2)) > 0].mean(1)
+
+    def compute(self) -> Tensor:
+        """Mean IoU at `background_threshold`."""
+        return self.curve()[(self.thresholds - self.background_threshold).abs().argmin()]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The largest mean IoU of the sweep, and its threshold. The masks have chosen it."""
+        curve = self.curve()
+        return curve.max(), self.thresholds[curve.argmax()]
 
 
 class ClassificationMAP(MultilabelAveragePrecision):
@@ -128,7 +186,48 @@ class ClassificationMAP(MultilabelAveragePrecision):
             return super().compute()[occurs].mean()
 
 
-def flatten_iou(iou: Tensor, classes: Sequence[str]) -> Mapping[str, float]:
-    """`iou/<class>` for background and every class that has a value."""
-    names = ("background", *classes)
-    return {f"iou/{name}": value for name, value in zip(names, iou.tolist(), strict=True) if value == value}
+class ImageMAP(MeanMetric):
+    """Mean over the images of the average precision of each image's own classes among all classes.
+
+    This is what the released MCTformer code logs as mAP. Images without a label are left out.
+    """
+
+    def update(self, logits: Tensor, label: Tensor) -> None:  # type: ignore[override]
+        """logits: (B, C); label: (B, C) 0 or 1."""
+        labelled = label.sum(1) > 0
+        # images take the place of labels: one curve for each
+        scores, target = logits[labelled].double().sigmoid().T, label[labelled].long().T
+        if scores.numel():
+            super().update(multilabel_average_precision(scores, target, scores.shape[1], "none", validate_args=False))
+
+
+def evaluation(num_classes: int, cam_names: Sequence[str], background_threshold: float) -> nn.ModuleDict:
+    """What every method is measured by, by the name of the figure."""
+    metrics: dict[str, Metric] = {
+        "map": ClassificationMAP(num_classes),
+        "image_map": ImageMAP(),
+        "miou": SegmentationIoU(num_classes + 1),
+    }
+    return nn.ModuleDict(metrics | {f"{name}_miou": CamIoU(num_classes, background_threshold) for name in cam_names})
+
+
+def figures_of(metrics: nn.ModuleDict, classes: Sequence[str]) -> dict[str, Any]:
+    """Figures of the metrics that have seen anything, which start anew.
+
+    Beside its mean, `miou` gives `iou/<class>` for background and every class that has a value, and the CAMs
+    `..._best_miou` and `..._best_threshold`.
+    """
+    figures: dict[str, Any] = {}
+    for key, metric in metrics.items():
+        assert isinstance(metric, Metric)
+        if not metric.update_called:
+            continue
+        if isinstance(metric, SegmentationIoU):
+            values = zip(("background", *classes), metric.iou().tolist(), strict=True)
+            figures |= {f"iou/{name}": value for name, value in values if value == value}
+        elif isinstance(metric, CamIoU):
+            best, threshold = metric.best()
+            figures |= {key.replace("miou", "best_miou"): best, key.replace("miou", "best_threshold"): threshold}
+        figures[key] = metric.compute().float()
+        metric.reset()
+    return figures

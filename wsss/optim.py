@@ -1,5 +1,6 @@
 """Learning-rate schedules."""
 
+import math
 from collections.abc import Callable
 
 
@@ -20,3 +21,22 @@ def warmup_poly(
         return (1 - step / max_steps) ** power
 
     return factor
+
+
+def warmup_cosine(
+    epochs: int, lr: float, min_lr: float, warmup_lr: float, warmup_epochs: int
+) -> Callable[[int], float]:
+    """Learning rate by epoch as timm's scheduler gives it when it is stepped after each epoch (DeiT, MCTformer).
+
+    Epoch e learns with the rate of max(e - 1, 0): linear from `warmup_lr` to `lr` for `warmup_epochs`, then
+    `min_lr + (lr - min_lr) (1 + cos(pi t / epochs)) / 2`, in which the warm-up is not left out of t. `lr` itself is
+    never reached.
+    """
+
+    def rate(epoch: int) -> float:
+        t = min(max(epoch - 1, 0), epochs - 1)
+        if t < warmup_epochs:
+            return warmup_lr + t * (lr - warmup_lr) / warmup_epochs
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * t / epochs)) / 2
+
+    return rate

@@ -67,6 +67,8 @@ class Match:
 
 def _error(ours: Tensor, recorded: Tensor) -> float:
     """Largest difference relative to the largest recorded value; entries that are NaN on both sides are equal."""
+    if recorded.numel() == 0:
+        return 0.0
     difference = torch.where(ours.isnan() & recorded.isnan(), 0, ours - recorded).abs().max()
     return (difference / recorded.nan_to_num().abs().max().clamp(min=torch.finfo(torch.double).tiny)).item()
 

@@ -55,7 +55,7 @@ class _TrainItems(Dataset[dict[str, Any]]):
         position, index = key
         item = self.source[index]
         views = self.transform(item["image"], np.random.default_rng([self.seed, 1, position]))
-        tensors = {name: self.normalise(v) if v.dtype == np.uint8 else torch.from_numpy(v) for name, v in views.items()}
+        tensors = {name: self.normalise(v) if v.ndim == 3 else torch.from_numpy(v) for name, v in views.items()}
         # nothing else of the item is passed on: a training batch never holds a mask
         return tensors | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
 
@@ -178,7 +178,7 @@ class DataModule(pl.LightningDataModule):
 
 
 class Normalise:
-    """uint8 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
+    """Colours 0..255 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))

@@ -1,15 +1,18 @@
 """Training transforms: one uint8 photograph in, the views a method trains on out.
 
 A transform is called with the image (H, W, 3) and a numpy generator that alone decides what is drawn, and returns
-a dict of arrays. uint8 arrays of shape (h, w, 3) are views, which the DataModule normalises; `image` is the main
-one and `image_box` (4,) its rows [b0, b1) and columns [b2, b3) that hold photograph rather than padding.
+a dict of arrays. Arrays of shape (h, w, 3) are views in colours 0..255, which the DataModule normalises; `image` is
+the main one and `image_box` (4,) its rows [b0, b1) and columns [b2, b3) that hold photograph rather than padding.
 """
 
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from wsss import InputError
@@ -18,6 +21,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask t
 
 import albumentations as A
 import cv2
+from timm.data import create_transform
 
 Views = dict[str, np.ndarray]
 
@@ -147,3 +151,64 @@ class ToCoViews:
             compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
             result[name] = compose(image=np.ascontiguousarray(mirror(source) if flip else source))["image"]
         return result
+
+
+class RandAugmentCrop:
+    """The training transform of DeiT and MCTformer, timm's: random resized crop, mirror image, RandAugment, erasing.
+
+    Args:
+        crop_size: side of the square view.
+        scale: smallest and largest area of the crop as a fraction of the image's.
+        auto_augment: timm's name of a policy; null for none.
+        erasing: probability that a rectangle is replaced by normal noise.
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # grey of new pixels and the noise's scale
+
+    def __init__(
+        self,
+        crop_size: int = 224,
+        scale: Sequence[float] = (0.08, 1.0),
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        erasing: float = 0.25,
+    ) -> None:
+        self.crop_size, area = _check(crop_size, scale)
+        try:
+            self.apply = create_transform(
+                crop_size,
+                is_training=True,
+                scale=area,
+                interpolation="bicubic",
+                color_jitter=None,
+                auto_augment=auto_augment,
+                re_prob=erasing,
+                re_mode="pixel",
+                mean=self.mean,
+                std=self.std,
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise InputError(
+                f"transform.auto_augment is {auto_augment!r}: expected one of timm's policies, such as "
+                "rand-m9-mstd0.5-inc1, or null"
+            ) from error
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+        with global_seed(int(rng.integers(2**31))):
+            view = self.apply(Image.fromarray(image)).permute(1, 2, 0).numpy()
+        # back to colours, floats because the noise leaves 0..255: the DataModule normalises
+        return {"image": ((view * self.std + self.mean) * 255).astype(np.float32)}
+
+
+@contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """Seeds the global generators, which torchvision and timm draw from, and puts their states back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -4,7 +4,7 @@
 """
 
 from wsss.losses.classification import ClassificationLoss
-from wsss.losses.contrast import ClassTokenContrastLoss, PatchTokenContrastLoss
+from wsss.losses.contrast import ClassTokenContrastLoss, ClassTokenSeparationLoss, PatchTokenContrastLoss
 from wsss.losses.energy import DenseEnergyLoss
 from wsss.losses.registry import LOSSES, build, register
 from wsss.losses.segmentation import BalancedCrossEntropyLoss
@@ -13,6 +13,7 @@ __all__ = [
     "LOSSES",
     "BalancedCrossEntropyLoss",
     "ClassTokenContrastLoss",
+    "ClassTokenSeparationLoss",
     "ClassificationLoss",
     "DenseEnergyLoss",
     "PatchTokenContrastLoss",

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from wsss.losses.registry import register
 
 
-@register("cls", "aux_cls")
+@register("cls", "aux_cls", "patch_cls")
 class ClassificationLoss(nn.Module):
     """Multi-label soft-margin loss, the mean over images and classes of binary cross-entropy with logits.
 
-    `aux_cls` is the same loss on the logits of an intermediate layer.
+    `aux_cls` is the same loss on the logits of an intermediate layer, `patch_cls` on those of the patch tokens.
     """
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:

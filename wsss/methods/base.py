@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.losses import build
-from wsss.metrics import ClassificationMAP, Protocol, SegmentationIoU, flatten_iou
-from wsss.refine.cam import cam_to_label, multiscale_cam, multiscale_seg, resize
+from wsss.metrics import Protocol, evaluation, figures_of
+from wsss.refine.cam import cam_to_label, denormalise, multiscale_cam, multiscale_seg, resize
 from wsss.refine.crf import dense_crf
 
 
@@ -64,10 +64,7 @@ class WSSSModule(pl.LightningModule):
                 self.losses[key] = build(key, **arguments)
         if not self.losses:
             raise InputError("losses: every term is null, so there is nothing to learn")
-        metrics = nn.ModuleDict({"map": ClassificationMAP(num_classes)})
-        for key in ("miou", *(f"{name}_miou" for name in self.cam_names)):
-            metrics[key] = SegmentationIoU(num_classes + 1)
-        self.metrics: Any = metrics
+        self.metrics: Any = evaluation(num_classes, self.cam_names, background_threshold)
 
     def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
         """Weighted sum of the loss terms, logged with its parts; what `training_step` returns."""
@@ -91,14 +88,16 @@ class WSSSModule(pl.LightningModule):
         if not cams and output["seg"] is not None:
             return output
         first = torch.cat([output[name] for name in self.cam_names], dim=1)
-        maps = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(len(self.cam_names), dim=1)
+        maps = self.multiscale(image, first).chunk(len(self.cam_names), dim=1)
         return output | dict(zip(self.cam_names, maps, strict=True))
 
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
-        # one channel at a time: plain numbers spare the copy of a small tensor to the device
-        channels = zip(image.unbind(1), self.mean, self.std, strict=True)
-        return torch.stack([channel * (255 * std) + 255 * mean for channel, mean, std in channels], dim=1)
+        return denormalise(image, self.mean, self.std)
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """(B, K*C, H, W) in [0, 1]: `raw_cam` over `cam_scales` and mirror images; `first` is that of `image`."""
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first)
 
     def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
         """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of `infer`."""
@@ -124,7 +123,8 @@ class WSSSModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         output, label = self.infer(batch["image"]), batch["label"]
-        self.metrics["map"].update(output["logits"], label)
+        for key in ("map", "image_map"):
+            self.metrics[key].update(output["logits"], label)
         if "mask" not in batch:
             return
         mask, size = batch["mask"], batch["mask"].shape[-2:]
@@ -132,19 +132,10 @@ class WSSSModule(pl.LightningModule):
             self.metrics["miou"].update(self.segment(batch["image"], size, output["seg"]).argmax(1), mask)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
         for name in self.cam_names:
-            cam = resize(output[name], size)
-            self.metrics[f"{name}_miou"].update(cam_to_label(cam, kept, self.background_threshold), mask)
+            self.metrics[f"{name}_miou"].update(resize(output[name], size), kept, mask)
 
     def on_validation_epoch_end(self) -> None:
-        figures: dict[str, Any] = {}
-        for key, metric in self.metrics.items():
-            if not metric.update_called:
-                continue
-            if key == "miou":
-                figures |= flatten_iou(metric.iou(), self.classes)
-            figures[key] = metric.compute().float()
-            metric.reset()
-        self.log_dict({f"val/{key}": value for key, value in figures.items()})
+        self.log_dict({f"val/{key}": value for key, value in figures_of(self.metrics, self.classes).items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}

@@ -21,7 +21,6 @@ from wsss.refine.cam import (
     cam_to_label,
     cut_crops,
     draw_crops,
-    multiscale_cam,
     region_map,
     resize,
 )
@@ -207,7 +206,7 @@ class ToCo(WSSSModule):
 
         if not weights.keys() <= {"cls", "aux_cls"}:
             first = torch.cat([self.classifier(patches), self.aux_classifier(aux_patches)], dim=1).detach()
-            cam, aux_cam = multiscale_cam(self.raw_cam, image, self.cam_scales, first).chunk(2, dim=1)
+            cam, aux_cam = self.multiscale(image, first).chunk(2, dim=1)
         if "ptc" in weights:
             token_label = self.token_label(aux_cam, label, box)
             terms["ptc"] = self.losses["ptc"](patches.flatten(2).transpose(1, 2), token_label)

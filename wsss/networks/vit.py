@@ -101,7 +101,7 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
         near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224"
         raise InputError(f"unknown backbone {backbone!r}: give a timm vision transformer, e.g. {near}")
     settings: dict[str, Any] = {"num_classes": 0, **arguments}
-    if weights is not None and Path(weights).suffix in {".pth", ".pt", ".bin", ".safetensors"}:
+    if weights is not None and is_file(weights):
         settings |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
         source = f"weights file {weights}"
     elif weights is not None:
@@ -133,6 +133,11 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
             stacklevel=2,
         )
     return model
+
+
+def is_file(weights: str) -> bool:
+    """Whether `weights` is the name of a file rather than a timm tag."""
+    return Path(weights).suffix in {".pth", ".pt", ".bin", ".safetensors"}
 
 
 def read_state_dict(path: str) -> dict[str, Tensor]:

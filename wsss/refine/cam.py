@@ -5,9 +5,52 @@ Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def rescale(image: Tensor, scale: float) -> Tensor:
+    """`resize` by a factor, sides rounded down."""
+    return resize(image, [int(scale * side) for side in image.shape[-2:]])
+
+
+def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) normalised -> colours 0..255, float."""
+    # one channel at a time: plain numbers spare the copy of a small tensor to the device
+    channels = zip(image.unbind(1), mean, std, strict=True)
+    return torch.stack([channel * (255 * s) + 255 * m for channel, m, s in channels], dim=1)
+
+
+def rescale_photograph(image: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter, sides rounded.
+
+    On the host, because torch's antialiased resize of bytes differs from PIL's by a level in 0.1 to 0.7 % of the
+    values. Sides are rounded as Python does, 281.25 to 281 and 262.5 to 262.
+    """
+    height, width = (round(scale * side) for side in image.shape[-2:])
+    colours = denormalise(image, mean, std).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colours]
+    channels = torch.from_numpy(np.stack(resized)).to(image.device).float().div(255).unbind(-1)
+    return torch.stack([(channel - m) / s for channel, m, s in zip(channels, mean, std, strict=True)], dim=1)
+
+
+def larger(plain: Tensor, mirrored: Tensor) -> Tensor:
+    """The larger value of two maps where it is positive, else 0."""
+    return torch.maximum(plain, mirrored).relu()
+
+
+def min_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map brought to [0, 1) by its own minimum and maximum."""
+    maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
+    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + eps)
 
 
 @torch.no_grad()
@@ -16,17 +59,23 @@ def multiscale_cam(
     image: Tensor,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     first: Tensor | None = None,
+    rescale: Callable[[Tensor, float], Tensor] = rescale,
+    fuse: Callable[[Tensor, Tensor], Tensor] = larger,
+    normalise: Callable[[Tensor], Tensor] = min_max,
 ) -> Tensor:
-    """Multi-scale, flipped and normalised CAMs (ToCo; scale 1 always takes part and comes first).
+    """Multi-scale, flipped and normalised CAMs; scale 1 always takes part and comes first.
 
-    At each scale the maps of the image and of its mirror image are resized to the image, the larger value is
-    taken and negative ones become 0; the sum over scales is brought to [0, 1) per map by its minimum and maximum.
+    At each scale the maps of the image and of its mirror image are resized to the image and fused; the sum over
+    the scales is normalised. The defaults are ToCo's.
 
     Args:
         raw_cam: (B, 3, H, W) -> (B, K, h, w), any K: several kinds of maps can be stacked along it.
         image: (B, 3, H, W).
         scales: factors of the image size.
         first: `raw_cam(image)` where it is known already.
+        rescale: how an image is brought to another scale.
+        fuse: how the maps of image and mirror image, mirrored back, become one.
+        normalise: how the sum over the scales is brought to [0, 1].
 
     Returns:
         (B, K, H, W).
@@ -37,11 +86,10 @@ def multiscale_cam(
         if scale == 1.0 and first is not None:
             plain, mirrored = first, raw_cam(image.flip(-1))
         else:
-            scaled = image if scale == 1.0 else resize(image, [int(scale * side) for side in size])
+            scaled = image if scale == 1.0 else rescale(image, scale)
             plain, mirrored = raw_cam(torch.cat([scaled, scaled.flip(-1)])).chunk(2)
-        total = total + torch.maximum(resize(plain, size), resize(mirrored, size).flip(-1)).relu()
-    total = total - total.amin(dim=(-2, -1), keepdim=True)
-    return total / (total.amax(dim=(-2, -1), keepdim=True) + 1e-5)
+        total = total + fuse(resize(plain, size), resize(mirrored, size).flip(-1))
+    return normalise(total)
 
 
 @torch.no_grad()
@@ -66,7 +114,7 @@ def multiscale_seg(
     fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
     total: Tensor | None = None
     for scale in scales:
-        scaled = image if scale == 1.0 else resize(image, [int(scale * side) for side in image.shape[-2:]])
+        scaled = image if scale == 1.0 else rescale(image, scale)
         if flip == "none":
             scores = resize(seg(scaled), size)
         else:
@@ -75,11 +123,6 @@ def multiscale_seg(
         total = scores if total is None else fuse[fusion](total, scores)
     assert total is not None  # a protocol has at least one scale
     return total
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:

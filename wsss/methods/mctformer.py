@@ -1,0 +1,168 @@
+"""MCTformer: multi-class token transformer (Xu et al., CVPR 2022, arXiv 2203.02891; TPAMI 2024, arXiv 2308.03005)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from wsss import InputError
+from wsss.methods.base import WSSSModule
+from wsss.networks.mct import MCTEncoder, global_average_pool, global_weighted_rank_pool
+from wsss.optim import warmup_cosine
+from wsss.refine.cam import min_max, multiscale_cam, rescale_photograph
+
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"gap": global_average_pool, "gwrp": global_weighted_rank_pool}
+
+MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": lambda attention, patch_cam: attention,
+    "patchcam": lambda attention, patch_cam: patch_cam,
+    "fused": lambda attention, patch_cam: attention * patch_cam,
+    "root_fused": lambda attention, patch_cam: (attention * patch_cam).sqrt(),
+}
+"""Localisation maps from class attention and patch CAM, both (B, C, h, w) and not negative."""
+
+
+class MCTformer(WSSSModule):
+    """Class tokens, one per class, whose attention to the patches localises the classes.
+
+    The three published versions are three sets of arguments; the defaults are V2:
+
+    | | V1 | V2 | + |
+    |---|---|---|---|
+    | `patch_pooling` | None | gap | gwrp |
+    | `map_type` | attention | fused | root_fused |
+    | `attention_layers` | 3 | 3 | 12 |
+    | `position` | joint | joint | split |
+    | `classify_by` | class_tokens | class_tokens | both |
+    | `losses` | cls | cls, patch_cls | cls, patch_cls, cct |
+    | `cam_scales` | 1 | 1 | 1, 0.75, 1.25 |
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names.
+        backbone: timm name of a plain vision transformer.
+        weights: None, a timm tag, or a `.pth` or `.safetensors` file of the backbone.
+        backbone_args: arguments of timm's constructor, e.g. `depth`, `drop_path_rate`; `img_size` is the side of
+            the training crops.
+        position: `joint`, one position table for class tokens and patches, or `split`, one for each.
+        patch_pooling: how the patch CAM becomes logits, `gap` (mean) or `gwrp` (weighted by rank); None: there is
+            no patch CAM.
+        map_type: `attention`, `patchcam`, their product (`fused`) or its square root (`root_fused`).
+        attention_layers: number of last blocks whose attention is averaged.
+        refine: spread the maps with the attention between patches, summed over all blocks.
+        classify_by: whose logits tell the classes, `class_tokens`, or the mean of `both` heads.
+        cam_scales: scales of the multi-scale maps; 1 always takes part.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        losses: weight and arguments of cls, patch_cls, cct; null leaves a term out.
+        lr: peak of the cosine schedule, which starts before the warm-up ends and is never quite reached.
+        min_lr: its end.
+        warmup_lr: rate of the first epoch.
+        warmup_epochs: epochs of linear warm-up.
+        epochs: into how many equal parts the steps are divided; the rate changes between them.
+        weight_decay: of matrices and convolutions; biases, norms, class tokens and a joint table have none.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "deit_small_patch16_224",
+        weights: str | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        position: str = "joint",
+        patch_pooling: str | None = "gap",
+        map_type: str = "fused",
+        attention_layers: int = 3,
+        refine: bool = True,
+        classify_by: str = "class_tokens",
+        cam_scales: Sequence[float] = (1.0,),
+        background_threshold: float = 0.39,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
+        lr: float = 6.25e-5,
+        min_lr: float = 1e-5,
+        warmup_lr: float = 1e-6,
+        warmup_epochs: int = 5,
+        epochs: int = 60,
+        weight_decay: float = 0.05,
+    ) -> None:
+        if losses is None:
+            losses = {"cls": {"weight": 1.0}, "patch_cls": {"weight": 1.0}}
+        computed = ("cls", "cct") if patch_pooling is None else ("cls", "patch_cls", "cct")
+        super().__init__(num_classes, classes, background_threshold, cam_scales, losses, computed)
+        self.save_hyperparameters()
+        for name, value, known in (
+            ("map_type", map_type, tuple(MAPS) if patch_pooling is not None else ("attention",)),
+            ("patch_pooling", patch_pooling, (None, *POOLINGS)),
+            ("classify_by", classify_by, ("class_tokens", "both") if patch_pooling is not None else ("class_tokens",)),
+        ):
+            if value not in known:
+                without = " without patch_pooling" if patch_pooling is None else ""
+                raise InputError(f"{name} is {value!r}: expected{without} one of {', '.join(map(str, known))}")
+        self.encoder = MCTEncoder(num_classes, backbone, weights, backbone_args, position)
+        depth = len(self.encoder.blocks)
+        if not 1 <= attention_layers <= depth:
+            raise InputError(f"attention_layers is {attention_layers}: {backbone} has {depth} blocks, use 1 to {depth}")
+        if patch_pooling is not None:
+            self.pool = POOLINGS[patch_pooling]
+            self.head: nn.Module | None = nn.Conv2d(self.encoder.embed_dim, num_classes, 3, padding=1)
+        else:
+            self.head = None
+        self.fuse, self.attention_layers, self.refine = MAPS[map_type], attention_layers, refine
+        self.classify_by = classify_by
+        self.lr, self.weight_decay, self.epochs = lr, weight_decay, epochs
+        self.rate = warmup_cosine(epochs, lr, min_lr, warmup_lr, warmup_epochs)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        label = batch["label"]
+        tokens = self.encoder(batch["image"])
+        terms: dict[str, Tensor] = {}
+        if "cls" in self.losses:
+            terms["cls"] = self.losses["cls"](tokens.class_tokens[-1].mean(-1), label)
+        if "patch_cls" in self.losses:
+            assert self.head is not None  # or patch_cls would have been refused
+            terms["patch_cls"] = self.losses["patch_cls"](self.pool(self.head(tokens.patches)), label)
+        if "cct" in self.losses:
+            terms["cct"] = self.losses["cct"](tokens.class_tokens, label)
+        return self.combine(terms, self.loss_weights)
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """(B, 3, H, W) -> logits (B, C); cam and attention (B, C, h, w), the class attention alone; seg None."""
+        tokens = self.encoder(image, attention=True)
+        assert tokens.attention is not None
+        classes, size = self.num_classes, tokens.patches.shape[-2:]
+        logits = tokens.class_tokens[-1].mean(-1)
+        attention = tokens.attention[-self.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
+        cam = attention
+        if self.head is not None:
+            patch_cam = self.head(tokens.patches)
+            cam = self.fuse(attention, patch_cam.relu())
+            if self.classify_by == "both":
+                logits = (logits + self.pool(patch_cam)) / 2
+        if self.refine:
+            affinity = tokens.attention[:, :, classes:, classes:].sum(0)  # what each row's patch takes from the others
+            cam = (cam.flatten(2) @ affinity.mT).unflatten(2, size)
+        return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """Sum over scales and mirror images, each class brought to [0, 1]."""
+        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
+        normalise = partial(min_max, eps=1e-8)
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, normalise)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        decayed: list[Tensor] = []
+        free: list[Tensor] = []
+        for name, parameter in self.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            exempt = parameter.ndim <= 1 or last in ("bias", "cls_token", "pos_embed")
+            (free if exempt else decayed).append(parameter)
+        groups = [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": self.weight_decay}]
+        optimizer: Optimizer = AdamW(groups, lr=self.lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, lambda step: self.rate(step * self.epochs // total) / self.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

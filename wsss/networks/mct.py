@@ -1,0 +1,218 @@
+"""The multi-class token transformer of MCTformer: one class token per class, attention maps on request."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.networks.vit import create_vit, is_file, read_state_dict
+
+
+class JointPosition(nn.Module):
+    """One table for class tokens and patches, resized as MCTformer V1 and V2 do.
+
+    Square images with the table's number of patches take it as it is. For all others the patch part is resized
+    (bicubic) by the factors (h + 0.1) / g and (w + 0.1) / g, which also map the coordinates.
+
+    Args:
+        class_part: (1, C, D).
+        grid: (1, D, g, g) patch part.
+    """
+
+    def __init__(self, class_part: Tensor, grid: Tensor) -> None:
+        super().__init__()
+        self.num_classes = class_part.shape[1]
+        self.pos_embed = nn.Parameter(torch.cat([class_part, grid.flatten(2).mT], dim=1))
+
+    def forward(self, size: tuple[int, int], square: bool) -> Tensor:
+        """(1, C + h*w, D) for a grid of `size` (h, w); `square` images have as many rows as columns of pixels."""
+        class_part, patches = self.pos_embed.split(
+            [self.num_classes, self.pos_embed.shape[1] - self.num_classes], dim=1
+        )
+        if square and size[0] * size[1] == patches.shape[1]:
+            return self.pos_embed
+        grid = _to_grid(patches)
+        factors = [(side + 0.1) / grid.shape[-1] for side in size]
+        return torch.cat([class_part, F.interpolate(grid, scale_factor=factors, mode="bicubic").flatten(2).mT], dim=1)
+
+    @staticmethod
+    def from_pretrained(grid: Tensor, side: int) -> Tensor:
+        """(1, D, side, side) from the grid (1, D, k, k) of ImageNet weights."""
+        return F.interpolate(grid, size=(side, side), mode="bicubic")
+
+
+class SplitPosition(nn.Module):
+    """Separate tables for class tokens and patches, as in MCTformer+; the patch table is resized to (h, w).
+
+    The released code resizes by factors, which comes out one row short for some sizes (61, 115, ...) and then
+    fails; the values are the same.
+    """
+
+    def __init__(self, class_part: Tensor, grid: Tensor) -> None:
+        super().__init__()
+        self.pos_embed_cls = nn.Parameter(class_part)
+        self.pos_embed_pat = nn.Parameter(grid.flatten(2).mT)
+
+    def forward(self, size: tuple[int, int], square: bool) -> Tensor:
+        """(1, C + h*w, D); see `JointPosition.forward`."""
+        patches: Tensor = self.pos_embed_pat
+        if not (square and size[0] * size[1] == patches.shape[1]):
+            patches = F.interpolate(_to_grid(patches), size=size, mode="bicubic").flatten(2).mT
+        return torch.cat([self.pos_embed_cls, patches], dim=1)
+
+    @staticmethod
+    def from_pretrained(grid: Tensor, side: int) -> Tensor:
+        """(1, D, side, side): every cell of the ImageNet grid repeated, 2x2 for 448 pixels and patches of 16."""
+        return F.interpolate(grid, size=(side, side), mode="nearest")
+
+
+POSITIONS: dict[str, type[JointPosition | SplitPosition]] = {"joint": JointPosition, "split": SplitPosition}
+
+
+def _to_grid(patches: Tensor) -> Tensor:
+    """(1, g*g, D) -> (1, D, g, g)."""
+    side = int(patches.shape[1] ** 0.5)
+    return patches.mT.unflatten(2, (side, side))
+
+
+class MCTTokens(NamedTuple):
+    """Outputs for a batch of images, h x w being the grid of patches; nothing passes the final norm."""
+
+    class_tokens: Tensor  # (L, B, C, D) after every block
+    patches: Tensor  # (B, D, h, w) after the last block
+    attention: Tensor | None  # (L, B, C + h*w, C + h*w), mean over the heads
+
+
+class MCTEncoder(nn.Module):
+    """A timm vision transformer with C class tokens (Xu et al., CVPR 2022, arXiv 2203.02891).
+
+    Images may have any size of at least one patch; a remainder at the bottom and right is dropped.
+
+    Args:
+        num_classes: C.
+        backbone: timm name of a plain vision transformer with one class token.
+        weights: None for random weights, a timm tag, or a `.pth` or `.safetensors` file of that backbone. Its class
+            token, with its position, is repeated for every class.
+        arguments: what timm's constructor takes; `img_size` is the side of the square images that the position
+            table is made for (the backbone's own when None).
+        position: `joint` (V1, V2) or `split` (+).
+
+    Raises:
+        InputError: unknown backbone, argument, tag or position; a file that does not fit.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "deit_small_patch16_224",
+        weights: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        position: str = "joint",
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise InputError(f"position is {position!r}: expected one of {', '.join(POSITIONS)}")
+        given = {name: value for name, value in (arguments or {}).items() if value is not None}
+        # at the weights' own size, so that the table is resized by MCTformer's rule and not by timm's
+        size = given.pop("img_size", None)
+        own_size = {"img_size": _trained_size(weights)} if weights is not None and is_file(weights) else {}
+        vit = create_vit(backbone, weights, given | own_size)
+        assert vit.cls_token is not None  # create_vit has seen to it
+        assert vit.pos_embed is not None
+        self.embed_dim: int = vit.embed_dim
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
+        side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
+        if side < 1:
+            raise InputError(f"img_size is {size}: expected at least one patch of {self.patch_size} pixels")
+        table = POSITIONS[position]
+        if weights is None:
+            class_token, class_part, grid = (
+                nn.init.trunc_normal_(torch.empty(1, *shape), std=0.02)
+                for shape in (
+                    (num_classes, self.embed_dim),
+                    (num_classes, self.embed_dim),
+                    (self.embed_dim, side, side),
+                )
+            )
+            self.patch_embed.proj.reset_parameters()
+        else:
+            class_token = vit.cls_token.detach().repeat(1, num_classes, 1)
+            class_part = vit.pos_embed.detach()[:, :1].repeat(1, num_classes, 1)
+            grid = table.from_pretrained(_to_grid(vit.pos_embed.detach()[:, 1:]), side)
+        self.cls_token = nn.Parameter(class_token)
+        self.position = table(class_part, grid)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens after the position embedding, (B, C + h*w, D) with the class tokens first, and (h, w)."""
+        height, width = image.shape[-2:]
+        if min(height, width) < self.patch_size:
+            raise InputError(f"an image of {width}x{height} pixels is smaller than one patch of {self.patch_size}")
+        patches = self.patch_embed.proj(image)  # (B, D, h, w)
+        size = (patches.shape[-2], patches.shape[-1])
+        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches.flatten(2).mT], dim=1)
+        return tokens + self.position(size, square=height == width), size
+
+    def forward(self, image: Tensor, attention: bool = False) -> MCTTokens:
+        """image: (B, 3, H, W) normalised; `attention` maps cost memory and the fused attention kernel."""
+        tokens, size = self.embed(image)
+        classes = self.cls_token.shape[1]
+        class_tokens, maps = [], []
+        for block in self.blocks:
+            if attention:
+                tokens, weights = attend(block, tokens)
+                maps.append(weights.mean(1))
+            else:
+                tokens = block(tokens)
+            class_tokens.append(tokens[:, :classes])
+        patches = tokens[:, classes:].mT.unflatten(2, size)
+        return MCTTokens(torch.stack(class_tokens), patches, torch.stack(maps) if attention else None)
+
+
+def _trained_size(path: str) -> int:
+    """Side in pixels of the images that the position table of a file of ImageNet weights is made for."""
+    state = read_state_dict(path)
+    table, filters = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if table is None or filters is None or table.ndim != 3 or filters.ndim != 4:
+        raise InputError(
+            f"weights file {path} is no vision transformer: expected pos_embed and patch_embed.proj.weight"
+        )
+    if (tokens := state["cls_token"].shape[1] if "cls_token" in state else 0) != 1:
+        raise InputError(
+            f"weights file {path} has {tokens} class tokens, expected one: it is no ImageNet model but perhaps a "
+            "trained MCTformer, which goes to wsss-eval or wsss-predict as checkpoint=FILE"
+        )
+    return math.isqrt(table.shape[1] - 1) * filters.shape[-1]
+
+
+def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a timm block does to tokens (B, N, D), and its attention (B, heads, N, N) after the softmax."""
+    layer: Any = block.attn
+    seen: list[Tensor] = []
+    hook = layer.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fused, layer.fused_attn = layer.fused_attn, False  # the fused kernel forms no attention matrix
+    try:
+        tokens = block(tokens)
+    finally:
+        hook.remove()
+        layer.fused_attn = fused
+    return tokens, seen[0]
+
+
+def global_average_pool(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C)."""
+    return maps.mean(dim=(-2, -1))
+
+
+def global_weighted_rank_pool(maps: Tensor, decay: float = 0.996) -> Tensor:
+    """(B, C, h, w) -> (B, C): the values of a map from the largest on, weighted by decay^rank.
+
+    Kolesnikov and Lampert, ECCV 2016; 1 is average pooling, 0 takes the maximum.
+    """
+    values = maps.flatten(2).sort(dim=-1, descending=True).values
+    weights = decay ** torch.arange(values.shape[-1], device=maps.device, dtype=maps.dtype)
+    return values @ weights / weights.sum()
