@@ -42,14 +42,17 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: int = 8) -> None:
     """A grid of the first evaluation images: input, CAM, pseudo label, prediction and truth.
 
-    CAM and pseudo label are those of the image's true labels, as in training; white is undecided.
+    CAM and pseudo label are those of the image's true labels, as in training; white is undecided. A method with
+    class attention also leaves `attention.png`, the attention of the true classes' tokens in five of the images.
     """
+    import numpy as np
     import torch
 
-    from wsss.refine.cam import resize
+    from wsss.refine.cam import min_max, resize
     from wsss.report import heat, paint, save_grid
 
     rows: list[list[Any]] = []
+    attentions: list[dict[str, Any]] = []
     method.eval()
     for batch in data.val_dataloader():
         for index in range(min(len(batch["image"]), count - len(rows))):
@@ -66,6 +69,10 @@ def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: i
             if "mask" in batch:
                 row.append(paint(batch["mask"][index].numpy()))
             rows.append(row)
+            if "attention" in output:
+                maps = min_max(resize(output["attention"], size))[0].cpu().numpy()
+                present = label[0].nonzero()[:, 0].tolist()
+                attentions.append({"image": colours} | {method.classes[c]: heat(colours, maps[c]) for c in present})
         if len(rows) >= count:
             break
     titles = ["image", "CAM", "pseudo label"]
@@ -73,6 +80,11 @@ def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: i
         title for title, there in (("prediction", output["seg"] is not None), ("truth", "mask" in batch)) if there
     ]
     save_grid(path, rows, titles)
+    if attentions:
+        shown = attentions[:5]
+        names = ["image", *(name for name in method.classes if any(name in row for row in shown))]
+        blank = np.full((1, 1, 3), 255, np.uint8)
+        save_grid(path.with_name("attention.png"), [[row.get(n, blank) for n in names] for row in shown], names)
 
 
 def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSSSModule":

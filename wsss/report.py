@@ -121,7 +121,7 @@ class SweepTable(Callback):
         Console().print(table)
 
 
-SUMMARY = ("val/map", "val/cam_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
+SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
 """The figures of a run that stand in tables over runs."""
 
 

@@ -1,0 +1,230 @@
+"""MCTformer: its versions, what they compute and refuse, images of any size and label."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+
+from wsss import InputError
+from wsss.checkpoints import mctformer_to_official, read_checkpoint
+from wsss.config import config_dir
+from wsss.losses import build as build_loss
+from wsss.methods.mctformer import MAPS, MCTformer
+from wsss.networks.mct import JointPosition, MCTEncoder, global_average_pool, global_weighted_rank_pool
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+VERSIONS = ("mctformer_v1", "mctformer", "mctformer_plus")
+
+
+def build(version: str = "mctformer", num_classes: int = 3, **arguments: Any) -> MCTformer:
+    torch.manual_seed(0)
+    node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "method" / f"{version}.yaml"))
+    composed = {key: value for key, value in node.items() if key not in ("_target_", "attention_layers")}
+    small = {"backbone": "vit_tiny_patch16_224", "backbone_args": SMALL, "attention_layers": 2}
+    method = MCTformer(num_classes, **(composed | small | arguments))
+    method.log = method.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return method
+
+
+def batch(num_classes: int = 3) -> dict[str, Any]:
+    torch.manual_seed(1)
+    label = torch.zeros(3, num_classes)
+    label[0, 0] = label[1, -1] = 1  # the third image has no label
+    return {"image": torch.randn(3, 3, 32, 32), "label": label}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_training_step_is_finite_with_any_labels(version: str, num_classes: int) -> None:
+    method = build(version, num_classes)
+    result = method.training_step(batch(num_classes), 0)
+    assert set(result["terms"]) == set(method.losses)
+    result["loss"].backward()
+    unused = [n for n, p in method.named_parameters() if p.grad is None]
+    assert unused == []
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (41, 70), (9, 100)])
+def test_images_of_any_size(version: str, size: tuple[int, int]) -> None:
+    method = build(version, cam_scales=(1.0, 2.0)).eval()
+    output = method.infer(torch.randn(2, 3, *size))
+    assert output["cam"].shape == (2, 3, *size)
+    assert output["attention"].shape == (2, 3, size[0] // 8, size[1] // 8)
+    assert output["seg"] is None
+    assert 0 <= output["cam"].min() <= output["cam"].max() <= 1
+
+
+def test_an_image_smaller_than_a_patch_is_refused() -> None:
+    with pytest.raises(InputError, match="an image of 7x40 pixels is smaller than one patch of 8"):
+        build()(torch.zeros(1, 3, 40, 7))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"attention_layers": 4}, "attention_layers is 4: vit_tiny_patch16_224 has 3 blocks, use 1 to 3"),
+        ({"attention_layers": 0}, "use 1 to 3"),
+        ({"map_type": "heat"}, "map_type is 'heat': expected one of attention, patchcam, fused, root_fused"),
+        ({"patch_pooling": "max"}, "patch_pooling is 'max': expected one of None, gap, gwrp"),
+        ({"patch_pooling": None, "losses": None}, "losses.patch_cls: MCTformer does not compute it"),
+        (
+            {"patch_pooling": None, "losses": {"cls": {}}},
+            "map_type is 'fused': expected without patch_pooling one of attention",
+        ),
+        ({"position": "none"}, "position is 'none': expected one of joint, split"),
+        ({"classify_by": "all"}, "classify_by is 'all'"),
+        ({"backbone_args": SMALL | {"img_size": 4}}, "img_size is 4: expected at least one patch of 8"),
+        ({"losses": {"cct": {"layers": 0}}}, "losses.cct.layers is 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        build(**arguments)
+    assert said in str(refused.value)
+
+
+def test_maps_and_refinement() -> None:
+    method = build().eval()
+    image = torch.randn(1, 3, 32, 40)
+    tokens = method.encoder(image, attention=True)
+    assert tokens.attention is not None
+    assert method.head is not None
+    attention = tokens.attention[-2:, :, :3, 3:].mean(0)
+    patch_cam = method.head(tokens.patches).relu().flatten(2)
+    spread = tokens.attention[:, 0, 3:, 3:].sum(0)
+    expected = {
+        "attention": attention,
+        "patchcam": patch_cam,
+        "fused": attention * patch_cam,
+        "root_fused": (attention * patch_cam) ** 0.5,
+    }
+    for name, cam in expected.items():
+        method.fuse = MAPS[name]
+        method.refine = False
+        torch.testing.assert_close(method(image)["cam"].flatten(2), cam)
+        method.refine = True
+        refined = torch.stack([sum(spread[p, q] * cam[0, :, q] for q in range(20)) for p in range(20)], dim=1)
+        torch.testing.assert_close(method(image)["cam"].flatten(2)[0], refined)
+
+
+def test_attention_is_fused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    method = build()
+    method.training_step(batch(), 0)
+    assert len(calls) == 3
+    method(batch()["image"])
+    assert len(calls) == 3
+
+
+def test_class_tokens_start_from_those_of_the_backbone(tmp_path: Path) -> None:
+    """At the backbone's own grid nothing is resized; a smaller table of + repeats or drops cells."""
+    args = {key: value for key, value in SMALL.items() if key != "img_size"}
+    deit = timm.create_model("vit_tiny_patch16_224", img_size=32, **args)
+    torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")
+    encoder = MCTEncoder(5, "vit_tiny_patch16_224", str(tmp_path / "deit.pth"), SMALL)
+    assert isinstance(encoder.position, JointPosition)
+    torch.testing.assert_close(encoder.position.pos_embed[:, 5:], deit.pos_embed[:, 1:])
+    for c in range(5):
+        torch.testing.assert_close(encoder.cls_token[:, c], deit.cls_token[:, 0])
+        torch.testing.assert_close(encoder.position.pos_embed[:, c], deit.pos_embed[:, 0])
+    torch.testing.assert_close(encoder.blocks[2].mlp.fc1.weight, deit.blocks[2].mlp.fc1.weight)
+    split = MCTEncoder(2, "vit_tiny_patch16_224", str(tmp_path / "deit.pth"), SMALL | {"img_size": 64}, "split")
+    table = split.position.pos_embed_pat.unflatten(1, (8, 8))
+    torch.testing.assert_close(table[:, ::2, ::2].flatten(1, 2), deit.pos_embed[:, 1:])
+    torch.testing.assert_close(table[:, 1::2, ::2], table[:, ::2, ::2])
+
+
+def test_files_that_are_mixed_up(tmp_path: Path) -> None:
+    args = {key: value for key, value in SMALL.items() if key != "img_size"}
+    deit = timm.create_model("vit_tiny_patch16_224", img_size=32, **args)
+    path = tmp_path / "file.pth"
+    torch.save({"model": deit.state_dict()}, path)
+    with pytest.raises(InputError, match=f"ImageNet weights .* train from it with method.weights={path}"):
+        read_checkpoint(str(path))
+    torch.save({"model": mctformer_to_official(build().state_dict())}, path)
+    with pytest.raises(InputError, match=r"has 3 class tokens, expected one: .* checkpoint=FILE"):
+        build(weights=str(path))
+    torch.save({"cls_token": torch.zeros(1, 1, 4)}, path)
+    with pytest.raises(InputError, match="is no vision transformer"):
+        build(weights=str(path))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_official_files_tell_their_version(tmp_path: Path, version: str) -> None:
+    path, method = tmp_path / "checkpoint.pth", build(version)
+    official = mctformer_to_official(method.state_dict())
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in official.items()}}, path)
+    checkpoint = read_checkpoint(str(path))
+    assert checkpoint["wsss"]["method"] == version
+    assert checkpoint["hyper_parameters"]["backbone_args"] == {
+        "embed_dim": 24, "depth": 3, "patch_size": 8, "img_size": 32, "mlp_ratio": 4.0,
+    }  # fmt: skip
+    assert all(torch.equal(tensor, method.state_dict()[name]) for name, tensor in checkpoint["state_dict"].items())
+    assert checkpoint["state_dict"].keys() == method.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("blocks.1.norm1.weight"), "lacks blocks.1.norm1.weight (1 in all)"),
+        (lambda s: s.update({"extra": torch.zeros(1)}), "has unknown extra"),
+        (lambda s: s.update({"head.bias": torch.zeros(7)}), "unexpected shape in head.bias"),
+        (lambda s: s.update({"pos_embed": torch.zeros(1, 3 + 15, 24)}), "has 15 patch positions, which is no square"),
+    ],
+    ids=["missing", "unknown", "shape", "grid"],
+)
+def test_damaged_official_files(tmp_path: Path, change: Any, said: str) -> None:
+    state = dict(mctformer_to_official(build().state_dict()))
+    change(state)
+    torch.save({"model": state}, tmp_path / "checkpoint.pth")
+    with pytest.raises(InputError) as refused:
+        read_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert said in str(refused.value)
+    assert "method=mctformer" in str(refused.value)
+
+
+def test_pooling() -> None:
+    maps = torch.tensor([[[[3.0, -1.0], [2.0, 0.0]]]])
+    assert global_average_pool(maps).item() == 1
+    ranked = (3 + 0.5 * 2 + 0.25 * 0 - 0.125) / 1.875
+    assert global_weighted_rank_pool(maps, 0.5).item() == pytest.approx(ranked)
+    torch.testing.assert_close(global_weighted_rank_pool(maps, 1.0), global_average_pool(maps))
+    assert global_weighted_rank_pool(maps, 0.0).item() == 3
+
+
+def test_class_token_contrast_against_its_formula() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 2, 4, 5, dtype=torch.double, requires_grad=True)
+    label = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.double)
+    loss = build_loss("cct", layers=2)(tokens, label)
+    expected = torch.zeros((), dtype=torch.double)
+    for layer in tokens[1:]:
+        for image, present in zip(layer, label, strict=True):
+            unit = image / image.norm(dim=1, keepdim=True)
+            for j in present.nonzero()[:, 0]:
+                cosines = unit @ unit[j]
+                expected = expected + (cosines.exp().sum().log() - cosines[j]) / present.sum() / 2 / 2
+    torch.testing.assert_close(loss, expected)
+    gradient, reference = (torch.autograd.grad(value, tokens, retain_graph=True)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, reference)
+    assert (gradient[:, 1] == 0).all()
+    assert (gradient[0] == 0).all()
+
+
+def test_classification_by_both_heads() -> None:
+    method = build("mctformer_plus").eval()
+    image = torch.randn(2, 3, 32, 32)
+    tokens = method.encoder(image)
+    assert method.head is not None
+    both = (tokens.class_tokens[-1].mean(-1) + method.pool(method.head(tokens.patches))) / 2
+    torch.testing.assert_close(method(image)["logits"], both)
