@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
+from tiny import MCTFORMER_OVERRIDES, OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
 
 from wsss import losses
-from wsss.checkpoints import toco_to_official
+from wsss.checkpoints import mctformer_to_official, toco_to_official
 
 
 @pytest.fixture
@@ -100,6 +100,43 @@ def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         arrays = np.load(out / "cams" / f"{name}.npz")
         assert arrays["cam"].shape == (len(arrays["ids"]), *size[::-1])
         assert len(arrays["ids"]) == 4
+
+
+@pytest.mark.parametrize("version", ["mctformer_v1", "mctformer", "mctformer_plus"])
+def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained, evaluated, exported, evaluated again from the official layout, and asked for masks."""
+    run, quiet = (
+        tmp_path / "run",
+        ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"],
+    )
+    assert call("train", f"method={version}", *MCTFORMER_OVERRIDES, f"hydra.run.dir={run}") == 0
+    figures = {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if k.startswith("val/")}
+    assert {"val/map", "val/image_map", "val/cam_miou", "val/cam_best_miou", "val/cam_best_threshold"} == figures.keys()
+    assert Image.open(run / "attention.png").height > 4 * 160
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    official = tmp_path / "checkpoint.pth"
+    torch.save({"model": mctformer_to_official(checkpoint["state_dict"])}, official)
+    # what no official file tells has to be given
+    told = [
+        "dataset=shapes",
+        *(o for o in MCTFORMER_OVERRIDES if o.startswith("dataset.")),
+        "method.cam_scales=[1.0, 0.75]",
+    ]
+    told += ["method.attention_layers=2", "method.backbone=vit_tiny_patch16_224", "++method.backbone_args.num_heads=2"]
+    for path, given in ((run / "checkpoints" / "last.ckpt", []), (official, told)):
+        out = tmp_path / path.stem
+        assert call("eval", f"checkpoint={path}", *given, *quiet, f"hydra.run.dir={out}") == 0
+        measured = json.loads((out / "metrics.json").read_text())
+        assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(figures, abs=1e-6)
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (45, 30)).save(images / "a.png")
+    arguments = [f"images={images}", f"out={tmp_path / 'out'}", "num_workers=0", "class_threshold=0.0"]
+    assert call("predict", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", *arguments) == 0
+    assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (45, 30)
+    other = "mctformer" if version != "mctformer" else "mctformer_v1"
+    said = fails(capsys, 2, f"checkpoint={official}", f"method={other}", "dataset=shapes", command="eval")
+    assert f"is of method={version}" in said
 
 
 def test_sweep_ends_with_one_table_and_survives_a_bad_job(

@@ -43,6 +43,15 @@ def as_override(value: Any) -> str:
     return "[" + ", ".join(map(as_override, value)) + "]" if isinstance(value, list) else str(value)
 
 
+SHARED = list(OVERRIDES)
+MCTFORMER_OVERRIDES = [
+    *SHARED,
+    "method.backbone=vit_tiny_patch16_224",
+    "method.backbone_args={img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+    "method.attention_layers=2",
+    "method.cam_scales=[1.0, 0.75]",
+    "method.epochs=2",
+]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 
