@@ -35,6 +35,8 @@ def refused(ended: Ended, *words: str) -> None:
         "data.batch_size=abc",
         "data=3",
         "protocol.size=abc",
+        "+protocol.crf={strength: 3}",
+        "protocol.crf={iterations: many}",
         "transform.blur=1",
         "transform.crop_size=0",
         "trainer.max_steps=abc",
@@ -54,6 +56,19 @@ def test_values_of_the_wrong_kind(command: Command, override: str) -> None:
 
 def test_a_mistyped_key_beside_a_group_given_as_a_dict(command: Command) -> None:
     refused(command("train", "trainer={accelerator: cpu, max_steps: 2}", "metod=3"), "metod", "method")
+
+
+def test_what_hydra_cannot_read(command: Command) -> None:
+    refused(command("train", *OVERRIDES, "logger.name=a=b(c"), "cannot read 'logger.name=a=b(c'", "quote")
+
+
+def test_a_sweep_of_evaluations_ends_with_a_table(command: Command, trained: Path, tmp_path: Path) -> None:
+    quiet = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"]
+    sweep = ["-m", "protocol.flip=none,sum", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    ended = command("eval", f"checkpoint={trained / 'checkpoints/last.ckpt'}", *quiet, *sweep)
+    assert ended.code == 0, ended.err
+    table = ended.out.rpartition("sweep ")[2]
+    assert [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")] == ["none", "sum"]
 
 
 def test_a_group_that_the_command_does_not_have(command: Command, trained: Path) -> None:

@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -235,13 +235,19 @@ def build(node: DictConfig, key: str, **extra: Any) -> Any:
 
 
 def call(target: Callable[..., Any], values: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    """`target(**values, **extra)` once the names and kinds of the user's values fit its signature.
+    """`target(**values, **extra)` once the user's values fit its signature, see `check_arguments`."""
+    check_arguments(target, values, key, extra)
+    return target(**values, **extra)
+
+
+def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: str, given: Iterable[str]) -> None:
+    """Whether names and kinds of the user's values fit a signature of which `given` arguments come from elsewhere.
 
     Raises:
         InputError: they do not; the message calls an argument `<key>.<argument>`.
     """
     parameters = inspect.signature(target).parameters
-    known = [name for name in parameters if name not in extra]
+    known = [name for name in parameters if name not in given]
     for name, value in values.items():
         if name not in known:
             raise InputError(f"{key} has no argument {name}: known are {', '.join(known)}")
@@ -250,7 +256,6 @@ def call(target: Callable[..., Any], values: Mapping[str, Any], key: str, **extr
             shown = getattr(kind, "__name__", None) if not get_args(kind) else str(kind)
             expected = re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.", "", str(shown))
             raise InputError(f"{key}.{name} is {value!r}: expected {expected}")
-    return target(**values, **extra)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -284,6 +289,8 @@ def explain(error: Exception, name: str, arguments: list[str]) -> str:
         full = re.search(r"full_key: (\S+)", text)  # names the part of a dict that does not exist
         key = full[1] if full else match[1].partition("@")[0].lstrip("+~")
         return f"unknown config key {key}: {_siblings(key, name, arguments)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: quote what holds one of (){{}}[]=,'\" like this: 'KEY=\"VALUE\"'"
     sentence = " ".join(text.split())
     return f"configuration error: {sentence}"
 

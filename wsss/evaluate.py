@@ -8,21 +8,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from wsss import InputError
-from wsss.config import build, call, plain, quote, run_command, values_of
+from wsss.config import build, call, check_arguments, plain, quote, run_command, values_of
 
 if TYPE_CHECKING:
     from wsss.data.datamodule import DataModule
     from wsss.methods.base import WSSSModule
+    from wsss.metrics import Protocol
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
     from wsss.data.datamodule import DataModule
     from wsss.report import print_figures, write_json
-    from wsss.train import build_trainer, quieten
+    from wsss.train import build_trainer, provenance, quieten
 
     quieten()
-    out = Path(HydraConfig.get().runtime.output_dir)
+    run = HydraConfig.get()
+    out = Path(run.runtime.output_dir)
     val = build(cfg.dataset, "dataset", split="val")
     data = call(DataModule, plain(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, data.classes)
@@ -30,6 +32,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     trainer.validate(method, data, verbose=False)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
+    write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
     write_json(
         out / "metrics.json",
         {"checkpoint": cfg.checkpoint} | figures | {f"protocol/{k}": v for k, v in notes.items()},
@@ -93,7 +96,6 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
     `classes`, where given, are those of a data set that the checkpoint has to agree with.
     """
     from wsss.checkpoints import load_weights, read_checkpoint
-    from wsss.metrics import Protocol
 
     checkpoint = read_checkpoint(cfg.checkpoint)
     origin = checkpoint["wsss"]
@@ -110,8 +112,19 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
         method = build(cfg.method, "method", num_classes=len(known), classes=known)
     load_weights(method, checkpoint, cfg.checkpoint)
     method.mean, method.std = (tuple(origin.get(key, getattr(method, key))) for key in ("mean", "std"))
-    method.protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
+    method.protocol = build_protocol(cfg)
     return method
+
+
+def build_protocol(cfg: DictConfig) -> "Protocol":
+    """The protocol of a composed configuration, the arguments of its CRF included."""
+    from wsss.metrics import Protocol
+    from wsss.refine.crf import dense_crf
+
+    protocol: Protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
+    if protocol.crf is not None:
+        check_arguments(dense_crf, protocol.crf, "protocol.crf", given=("image", "probability"))
+    return protocol
 
 
 def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:

@@ -29,8 +29,7 @@ def train(cfg: DictConfig) -> float | None:
     from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 
     from wsss.callbacks import FiniteLoss, StepProgress, Validated
-    from wsss.evaluate import save_examples
-    from wsss.metrics import Protocol
+    from wsss.evaluate import build_protocol, save_examples
     from wsss.report import print_figures, write_json
 
     started = time.perf_counter()
@@ -50,7 +49,7 @@ def train(cfg: DictConfig) -> float | None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
-    method.protocol = call(Protocol, plain(cfg.protocol, "protocol"), "protocol")
+    method.protocol = build_protocol(cfg)
     figures_known = [f"val/{key}" for key in method.metrics]
     if cfg.monitor not in figures_known:
         raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}: {', '.join(figures_known)}")

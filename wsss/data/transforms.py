@@ -179,7 +179,7 @@ class RandAugmentCrop:
                 is_training=True,
                 scale=area,
                 interpolation="bicubic",
-                color_jitter=None,
+                color_jitter=0.0,
                 auto_augment=auto_augment,
                 re_prob=erasing,
                 re_mode="pixel",
