@@ -1,7 +1,12 @@
 """Learning-rate schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_poly(
@@ -40,3 +45,30 @@ def warmup_cosine(
         return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * t / epochs)) / 2
 
     return rate
+
+
+def parameter_groups(
+    network: nn.Module, lr: float, weight_decay: float, heads: Sequence[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """The four groups of PSA and its followers; parameters without gradient are in none, and a group may be empty.
+
+    Weights learn with `lr`, biases twice as fast and without decay; those of `heads`, which start from random
+    weights, ten times faster, i.e. 10 `lr` and 20 `lr`.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": factor * lr, "weight_decay": decay}
+        for factor, decay in ((1, weight_decay), (2, 0.0), (10, weight_decay), (20, 0.0))
+    ]
+    fast = {parameter for head in heads for parameter in head.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[2 * (parameter in fast) + (name.rpartition(".")[2] == "bias")]["params"].append(parameter)
+    return groups
+
+
+def sgd_poly(
+    groups: list[dict[str, Any]], momentum: float, max_steps: int, power: float = 0.9
+) -> tuple[Optimizer, LambdaLR]:
+    """SGD whose rates fall as (1 - step / max_steps) ** power (PSA and its followers)."""
+    optimizer = SGD(groups, momentum=momentum)
+    return optimizer, LambdaLR(optimizer, warmup_poly(max_steps, warmup_steps=0, power=power))

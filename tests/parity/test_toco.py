@@ -518,7 +518,7 @@ def train(data: str, recordings: Any, folder: Path) -> Trajectory:
 
             patch.setattr(owner, name, watched)
 
-        watch(wsss.methods.toco, "multiscale_cam", "cam_means", lambda cams: cams.mean(dim=(-2, -1)))
+        watch(method, "multiscale", "cam_means", lambda cams: cams.mean(dim=(-2, -1)))
         watch(wsss.methods.toco, "region_map", "roi_hist", lambda region: region.long().flatten().bincount(minlength=3))
         watch(method, "cut_local_crops", "flags", lambda result: result[1])
         watch(method, "token_label", "ptc_label", lambda label: label)

@@ -97,9 +97,32 @@ def _grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 
 def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) -> VisionTransformer:
     """timm's model without its head; see `ViTEncoder` for the arguments and errors."""
+    model = create_timm(backbone, weights, arguments)
+    if not isinstance(model, VisionTransformer) or model.cls_token is None or model.num_prefix_tokens != 1:
+        raise InputError(f"backbone {backbone!r} is not a plain vision transformer with one class token")
+    if weights is None and sum(p.numel() for p in model.parameters()) > TINY_PARAMETERS:
+        warnings.warn(
+            f"{backbone} starts from random weights: a network larger than ViT-Ti learns little from image labels "
+            "alone; set method.weights to a timm tag or a file",
+            stacklevel=3,
+        )
+    return model
+
+
+def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module:
+    """A timm model without its head.
+
+    Args:
+        backbone: its name, without a tag.
+        weights: None for random weights, a timm tag, or a `.pth` or `.safetensors` file.
+        arguments: of its constructor.
+
+    Raises:
+        InputError: an unknown name, tag or argument; a file that does not fit; a download that fails.
+    """
     if not timm.is_model(backbone):
-        near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224"
-        raise InputError(f"unknown backbone {backbone!r}: give a timm vision transformer, e.g. {near}")
+        near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224, resnet50"
+        raise InputError(f"unknown backbone {backbone!r}: give the name of a timm model, e.g. {near}")
     settings: dict[str, Any] = {"num_classes": 0, **arguments}
     if weights is not None and is_file(weights):
         settings |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
@@ -114,7 +137,7 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
         backbone, source = f"{backbone}.{weights}", f"timm weights {backbone}.{weights}"
         settings["pretrained"] = True
     try:
-        model = timm.create_model(backbone, **settings)
+        return timm.create_model(backbone, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         unfit = f"backbone_args {arguments}" if weights is None or isinstance(error, TypeError) else source
@@ -124,15 +147,6 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
             f"{source} could not be downloaded ({type(error).__name__}): pass method.weights=FILE with a local .pth "
             "or .safetensors file, or method.weights=null for random weights"
         ) from error
-    if not isinstance(model, VisionTransformer) or model.cls_token is None or model.num_prefix_tokens != 1:
-        raise InputError(f"backbone {backbone!r} is not a plain vision transformer with one class token")
-    if weights is None and sum(p.numel() for p in model.parameters()) > TINY_PARAMETERS:
-        warnings.warn(
-            f"{backbone} starts from random weights: a network larger than ViT-Ti learns little from image labels "
-            "alone; set method.weights to a timm tag or a file",
-            stacklevel=2,
-        )
-    return model
 
 
 def is_file(weights: str) -> bool:

@@ -53,6 +53,11 @@ def min_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
     return maps / (maps.amax(dim=(-2, -1), keepdim=True) + eps)
 
 
+def by_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map divided by its maximum; maps are not negative."""
+    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + eps)
+
+
 @torch.no_grad()
 def multiscale_cam(
     raw_cam: Callable[[Tensor], Tensor],

@@ -1,0 +1,85 @@
+"""CAM: the class activation maps of a plain classifier (Zhou et al., CVPR 2016), the baseline of every table."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from wsss.methods.base import WSSSModule
+from wsss.networks.cnn import CNN
+from wsss.optim import parameter_groups, sgd_poly
+from wsss.refine.cam import by_max, multiscale_cam, rescale_photograph
+
+
+class CAM(WSSSModule):
+    """A convolutional classifier whose last layer, applied to every position, gives the maps.
+
+    With ResNet38 this is the first stage of PSA (Ahn and Kwak, CVPR 2018), on which SEAM, PPC and the networks of
+    KAIST build.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names.
+        backbone: `resnet38`, or the timm name of a convolutional network.
+        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag or a file.
+        backbone_args: arguments of `ResNet38` or of timm's constructor, e.g. `output_stride`.
+        dropout: probability that a channel of the last features is dropped.
+        cam_scales: scales of the multi-scale maps; 1 always takes part.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        losses: weight and arguments of cls.
+        lr: learning rate of the backbone's weights; biases learn twice, the classifier ten times as fast.
+        weight_decay: of weights, not of biases.
+        momentum: of SGD. The released code of this family means 0.9, but its optimizer takes the weight decay for the
+            momentum: 5e-4 is what its results were made with.
+        power: of the polynomial decay.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "resnet38",
+        weights: str | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        dropout: float = 0.5,
+        cam_scales: Sequence[float] = (1.0, 0.5, 1.5, 2.0),
+        background_threshold: float = 0.2,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
+        lr: float = 0.01,
+        weight_decay: float = 5e-4,
+        momentum: float = 5e-4,
+        power: float = 0.9,
+    ) -> None:
+        losses = {"cls": {"weight": 1.0}} if losses is None else losses
+        super().__init__(num_classes, classes, background_threshold, cam_scales, losses, ("cls",))
+        self.save_hyperparameters()
+        self.backbone = CNN(backbone, weights, backbone_args)
+        self.dropout = nn.Dropout2d(dropout)
+        self.fc8 = nn.Conv2d(self.backbone.channels, num_classes, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), not negative; seg None."""
+        # averaging commutes with the last layer, so the maps of the very pass that classifies cost nothing
+        maps = self.fc8(self.dropout(self.backbone(image)))
+        return {"logits": maps.mean(dim=(-2, -1)), "cam": F.relu(maps), "seg": None}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        logits = self(batch["image"])["logits"]
+        return self.combine({"cls": self.losses["cls"](logits, batch["label"])}, self.loss_weights)
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """Sum over scales and mirror images, each class divided by its maximum."""
+        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, by_max)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = parameter_groups(self, self.lr, self.weight_decay, heads=[self.fc8])
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,54 @@
+"""Convolutional networks behind one interface: image in, last features out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.networks.resnet38 import ResNet38, Taps
+from wsss.networks.vit import create_timm
+
+RESNET38_ARGUMENTS = ("width", "dropout", "frozen_stages", "batch_norm_momentum")
+
+
+class CNN(nn.Module):
+    """Last features (B, channels, h, w) of `resnet38` (output stride 8) or of a convolutional network of timm.
+
+    Args:
+        backbone: `resnet38` or a timm name.
+        weights: None; of ResNet38 see there; else a timm tag, or a `.pth` or `.safetensors` file.
+        arguments: arguments of `ResNet38`, or of timm's constructor; None leaves one as it is.
+
+    Raises:
+        InputError: unknown backbone, argument or tag; a file that does not fit; a network without maps of features.
+    """
+
+    def __init__(
+        self, backbone: str = "resnet38", weights: str | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        given = {name: value for name, value in (arguments or {}).items() if value is not None}
+        self.body: nn.Module
+        self.channels: int
+        if backbone == "resnet38":
+            if unknown := given.keys() - RESNET38_ARGUMENTS:
+                listed = ", ".join(RESNET38_ARGUMENTS)
+                raise InputError(f"backbone_args.{min(unknown)}: resnet38 takes {listed}")
+            self.body = body = ResNet38(weights, **given)
+            self.channels = body.channels[-1]
+            return
+        self.body = create_timm(backbone, weights, given | {"global_pool": ""})
+        with torch.no_grad():
+            shape = self.eval()(torch.zeros(1, 3, 64, 64)).shape
+        self.train()
+        if len(shape) != 4:
+            raise InputError(f"backbone {backbone!r} gives no maps of features: expected resnet38 or a timm CNN")
+        self.channels = shape[1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: (B, 3, H, W) normalised."""
+        features = self.body(image)
+        result: Tensor = features.conv6 if isinstance(features, Taps) else features
+        return result
