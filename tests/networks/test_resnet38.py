@@ -151,6 +151,7 @@ def test_frozen_last_blocks_drop_nothing() -> None:
         {"frozen_stages": -1},
         {"dropout": (0.3, 1.5)},
         {"dropout": (-0.1, 0.5)},
+        {"dropout": (0.3,)},
         {"batch_norm_momentum": 2.0},
     ],
 )

@@ -33,15 +33,17 @@ def scale_image(image: np.ndarray, ratio: float) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
 
-def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A square window of a black canvas that holds the image at a random place; the box of the image in it."""
+def random_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator, fill: Sequence[float] = (0, 0, 0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square window of a canvas of one colour that holds the image at a random place; the image's box in it."""
     h, w = image.shape[:2]
     height, width = max(size, h), max(size, w)
     y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)  # of the image on the canvas
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)  # of the window on the canvas
     rows = np.clip([y - top, y + h - top], 0, size)
     cols = np.clip([x - left, x + w - left], 0, size)
-    window = np.zeros((size, size, 3), np.uint8)
+    window = np.full((size, size, 3), fill, image.dtype)
     window[rows[0] : rows[1], cols[0] : cols[1]] = image[
         rows[0] + top - y : rows[1] + top - y, cols[0] + left - x : cols[1] + left - x
     ]
@@ -151,6 +153,59 @@ class ToCoViews:
             compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
             result[name] = compose(image=np.ascontiguousarray(mirror(source) if flip else source))["image"]
         return result
+
+
+class LongSideCrop:
+    """The training transform of PSA, SEAM, PPC and KAIST's networks: random size, mirror image, jitter, crop.
+
+    Where the image does not reach, the crop shows the mean colour, 0 once it is normalised.
+
+    Args:
+        crop_size: side of the square view.
+        long_side: smallest and largest length of the longer side in pixels, bicubic.
+        jitter: strengths of brightness, contrast, saturation and hue.
+        jitter_probability: of any change of colour.
+        grey: probability of a grey image.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+
+    def __init__(
+        self,
+        crop_size: int = 448,
+        long_side: Sequence[int] = (256, 512),
+        jitter: Sequence[float] = (0.3, 0.3, 0.3, 0.1),
+        jitter_probability: float = 1.0,
+        grey: float = 0.0,
+    ) -> None:
+        if len(long_side) != 2 or not 1 <= long_side[0] <= long_side[1]:
+            raise InputError(
+                f"transform.long_side is {list(long_side)}: expected two lengths, 1 <= smallest <= largest"
+            )
+        if len(jitter) != 4 or not all(0 <= strength <= (0.5 if i == 3 else 1) for i, strength in enumerate(jitter)):
+            raise InputError(f"transform.jitter is {list(jitter)}: expected three strengths in 0..1 and hue in 0..0.5")
+        self.crop_size, _ = _check(crop_size, (1.0, 1.0))
+        self.long_side = long_side
+        *ranges, hue = jitter
+        brightness, contrast, saturation = ((1 - strength, 1 + strength) for strength in ranges)
+        self.colour = A.Compose(
+            [
+                A.ColorJitter(brightness, contrast, saturation, (-hue, hue), p=jitter_probability),
+                A.ToGray(p=grey),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+        h, w = image.shape[:2]
+        factor = rng.integers(self.long_side[0], self.long_side[1] + 1) / max(h, w)
+        size = (max(1, round(w * factor)), max(1, round(h * factor)))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        if rng.random() < 0.5:
+            image = mirror(image)
+        self.colour.set_random_seed(int(rng.integers(2**31)))
+        image = self.colour(image=np.ascontiguousarray(image))["image"].astype(np.float32)
+        window, box = random_crop(image, self.crop_size, rng, fill=[255 * value for value in self.mean])
+        return {"image": window, "image_box": box}
 
 
 class RandAugmentCrop:

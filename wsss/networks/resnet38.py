@@ -112,6 +112,8 @@ class ResNet38(nn.Module):
         batch_norm_momentum: float | None = None,
     ) -> None:
         super().__init__()
+        if len(dropout) != 2:
+            raise InputError(f"dropout of ResNet38 is {list(dropout)}: expected two rates, of b6 and b7")
         for name, value, low, high in (
             ("width", width, 1, 1024),
             ("frozen_stages", frozen_stages, 0, 7),
