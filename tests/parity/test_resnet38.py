@@ -42,6 +42,16 @@ NOT_YET = (
     ("ppc_seam/seam_losses ppc_losses ppc_random.json", "methods, not networks"),
 )
 
+EXCEPTED = (
+    # files, arrays, why perturb.py leaves them alone
+    ("resnet38/resnet38_forward", "x64 x128 cls_label", "input"),
+    ("resnet38/resnet38_forward", "aff_*", "AffinityNet"),
+    ("resnet38/psa_functions", "poly_grads", "input"),
+    ("resnet38/psa_functions", "pairs_* afflabel_* affloss_* merge_* rw_*", "AffinityNet and random walk"),
+    ("resnet38/irn_functions", "*", "IRN"),
+    ("ppc_seam/networks", "x64 pcm_cam pcm_f pcm_f9_weight", "input"),
+)
+
 
 @pytest.mark.parametrize(("arrays", "reason"), NOT_YET, ids=[name for name, _ in NOT_YET])
 def test_not_compared(arrays: str, reason: str) -> None:
@@ -313,9 +323,9 @@ def test_psa_classifier(recordings: Any, match: Any, taps: Any, weight: Any, suf
 def test_gradients_of_the_psa_classifier(
     recordings: Any, match: Any, network: ResNet38, weight: Any, statistics: dict[str, Any]
 ) -> None:
-    """Below the last layers rounding decides the sign of some activations, and a ReLU passes their gradient or not:
+    """Below the last layers rounding decides the sign of some activations, and so whether a ReLU passes a gradient.
 
-    two ways to compute a convolution, or float32 and float64, differ by 2e-3 of the largest entry.
+    Two ways to compute a convolution differ by 3e-4 to 4e-3 of the largest entry, depending on the weights.
     """
     file, arrays = "resnet38/resnet38_forward", recordings("resnet38/resnet38_forward")
     fc8 = weight("psa_resnet38_cls", "fc8").requires_grad_()
@@ -329,7 +339,7 @@ def test_gradients_of_the_psa_classifier(
     match(file, "cls_grad_fc8", gradients["fc8.weight"][:, : recorded.shape[1], 0, 0], atol=relative(recorded))
     recorded = arrays["cls_grad_b3_conv_branch2a"]
     corner = gradients["b3.conv_branch2a.weight"][: len(recorded), : recorded.shape[1]]
-    match(file, "cls_grad_b3_conv_branch2a", corner, atol=relative(recorded, 5e-3))
+    match(file, "cls_grad_b3_conv_branch2a", corner, atol=relative(recorded, 8e-3))
     assert list(statistics["cls_grad_norms"]) == list(parameters)
     norms = [gradients[name].double().norm().item() if name in gradients else torch.nan for name in parameters]
     match("resnet38/stages", "cls_grad_norms", torch.tensor(norms, dtype=torch.double), rtol=1e-3)
