@@ -32,7 +32,7 @@ OUTSIDE = {
     "hydra": {"config", "report", *COMMANDS},
     "albumentations": {"data/transforms"},
     "pytorch_lightning": {"methods", "data", "callbacks", *COMMANDS},
-    "timm": {"networks", "train"},
+    "timm": {"networks", "train", "data/transforms"},
     "wandb": set(),
     "pydensecrf": {"refine"},
 }

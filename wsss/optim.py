@@ -1,10 +1,11 @@
-"""Learning-rate schedules."""
+"""Parameter groups, learning-rate schedules, moving averages."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -72,3 +73,9 @@ def sgd_poly(
     """SGD whose rates fall as (1 - step / max_steps) ** power (PSA and its followers)."""
     optimizer = SGD(groups, momentum=momentum)
     return optimizer, LambdaLR(optimizer, warmup_poly(max_steps, warmup_steps=0, power=power))
+
+
+@torch.no_grad()
+def update_average(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
+    """Exponential moving average in place: of `average` the share `momentum` stays."""
+    torch._foreach_lerp_(list(average), list(current), 1 - momentum)

@@ -27,7 +27,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 EXCEPTED = (
-    ("ppc_seam/networks", "*", "compared with the networks"),
     ("ppc_seam/seam_losses", "img1 label cam?_low rv?_low", "input"),
     ("ppc_seam/seam_losses", "max_norm_in minpool_in infer_sum_cam", "input"),
     ("ppc_seam/ppc_losses", "label cam?_low rv?_low f_proj? img_hw view_sizes", "input"),

@@ -20,7 +20,9 @@ from wsss.losses.prototype import (
     mean_prototypes,
     pixel_features,
 )
-from wsss.refine.cam import by_max, cam_to_label, resize
+from wsss.methods.rcm_mam import RCMMAM
+from wsss.optim import update_average
+from wsss.refine.cam import by_max, cam_to_label
 
 Arrays = dict[str, Any]
 
@@ -50,17 +52,6 @@ def match(match: Any) -> Any:
     return partial(match, FILE, atol=1e-9)
 
 
-# moves to wsss.refine.cam
-def label_cam(cam: Tensor, label: Tensor, size: Sequence[int]) -> Tensor:
-    """Raw CAM (B, C, h, w) -> (B, C, *size): resized, where positive, absent classes 0."""
-    return resize(cam, size).relu() * label[:, :, None, None]
-
-
-# moves to wsss.methods.rcm_mam
-def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
-    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
-
-
 def scales(arrays: Arrays, network: str) -> list[str]:
     return sorted(key.removeprefix(f"{network}_cam_low_") for key in arrays if key.startswith(f"{network}_cam_low_"))
 
@@ -68,7 +59,7 @@ def scales(arrays: Arrays, network: str) -> list[str]:
 def cams(arrays: Arrays, network: str, of: Sequence[str]) -> Tensor:
     """(scales, B, C, H, W) from the raw maps."""
     size = arrays["HW"].tolist()
-    return torch.stack([label_cam(arrays[f"{network}_cam_low_{scale}"], arrays["label"], size) for scale in of])
+    return torch.stack([RCMMAM.visible(arrays[f"{network}_cam_low_{scale}"], arrays["label"], size) for scale in of])
 
 
 def fused(arrays: Arrays, name: str) -> Tensor:
@@ -170,5 +161,5 @@ def test_total(arrays: Arrays, match: Any) -> None:
 def test_moving_average(arrays: Arrays, match: Any) -> None:
     teacher, ema = arrays["ema_sup"].clone(), SETTINGS["ema"]
     for _ in range(ema["steps"]):
-        update_teacher([teacher], [arrays["ema_main"]], ema["momentum"])
+        update_average([teacher], [arrays["ema_main"]], ema["momentum"])
     match("ema_after3_m0997", teacher)

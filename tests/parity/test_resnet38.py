@@ -39,7 +39,6 @@ NOT_YET = (
     ("resnet38/psa_functions pairs_* afflabel_* affloss_* merge_*", "labels and loss of AffinityNet"),
     ("resnet38/psa_functions rw_*", "random walk"),
     ("resnet38/irn_functions", "IRN"),
-    ("ppc_seam/seam_losses ppc_losses ppc_random.json", "methods, not networks"),
 )
 
 EXCEPTED = (

@@ -64,9 +64,7 @@ SETTINGS: dict[str, Any] = {
     },
 }
 
-NOT_YET = (
-    ("toco/train_* rec/cls_score", "the F1 score of one training image is not among our figures"),
-)
+NOT_YET = (("toco/train_* rec/cls_score", "the F1 score of one training image is not among our figures"),)
 
 
 EXCEPTED = (

@@ -15,7 +15,7 @@ from wsss import InputError
 from wsss.methods.base import WSSSModule
 from wsss.networks.decoders import LargeFOV, Projector
 from wsss.networks.vit import ViTEncoder
-from wsss.optim import warmup_poly
+from wsss.optim import update_average, warmup_poly
 from wsss.refine.cam import (
     box_mask,
     cam_to_label,
@@ -248,11 +248,9 @@ class ToCo(WSSSModule):
         positive = F.pad(inside > self.negative_ratio, (2, 0), value=True)
         return cut_crops(source, top_left, self.local_crop_size), positive
 
-    @torch.no_grad()
     def update_teacher(self) -> None:
         """Exponential moving average of the projector; the gains and biases follow too."""
-        teacher, student = ([p.data for p in m.parameters()] for m in (self.teacher_projector, self.projector))
-        torch._foreach_lerp_(teacher, student, 1 - self.ema_momentum)
+        update_average(self.teacher_projector.parameters(), self.projector.parameters(), self.ema_momentum)
 
     def pseudo_label(
         self,

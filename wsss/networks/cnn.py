@@ -10,8 +10,6 @@ from wsss import InputError
 from wsss.networks.resnet38 import ResNet38, Taps
 from wsss.networks.vit import create_timm
 
-RESNET38_ARGUMENTS = ("width", "dropout", "frozen_stages", "batch_norm_momentum")
-
 
 class CNN(nn.Module):
     """Last features (B, channels, h, w) of `resnet38` (output stride 8) or of a convolutional network of timm.
@@ -33,15 +31,14 @@ class CNN(nn.Module):
         self.body: nn.Module
         self.channels: int
         if backbone == "resnet38":
-            if unknown := given.keys() - RESNET38_ARGUMENTS:
-                listed = ", ".join(RESNET38_ARGUMENTS)
-                raise InputError(f"backbone_args.{min(unknown)}: resnet38 takes {listed}")
-            self.body = body = ResNet38(weights, **given)
+            self.body = body = ResNet38.build(weights, given)
             self.channels = body.channels[-1]
             return
-        self.body = create_timm(backbone, weights, given | {"global_pool": ""})
+        self.body = network = create_timm(backbone, weights, given | {"global_pool": ""})
+        settings: Any = network.pretrained_cfg
+        size = settings["input_size"]  # a transformer takes no other
         with torch.no_grad():
-            shape = self.eval()(torch.zeros(1, 3, 64, 64)).shape
+            shape = self.eval()(torch.zeros(1, *size)).shape
         self.train()
         if len(shape) != 4:
             raise InputError(f"backbone {backbone!r} gives no maps of features: expected resnet38 or a timm CNN")

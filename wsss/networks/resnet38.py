@@ -1,11 +1,12 @@
 """ResNet38, the wide residual network of this field, its ImageNet weights, and the head of SEAM and PPC."""
 
 import hashlib
+import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,19 @@ class ResNet38(nn.Module):
                 f"set method.weights to {IMAGENET_FILE} or a .pth file",
                 stacklevel=2,
             )
+
+    @classmethod
+    def build(cls, weights: str | None, arguments: Mapping[str, Any] | None) -> "ResNet38":
+        """From plain values, as they come from a configuration; None leaves an argument as it is.
+
+        Raises:
+            InputError: as the constructor, and for an unknown argument.
+        """
+        given = {name: value for name, value in (arguments or {}).items() if value is not None}
+        known = [name for name in inspect.signature(cls).parameters if name != "weights"]
+        if unknown := given.keys() - known:
+            raise InputError(f"backbone_args.{min(unknown)}: resnet38 takes {', '.join(known)}")
+        return cls(weights, **given)
 
     def _frozen(self) -> Iterator[nn.Module]:
         for name, module in self.named_modules():

@@ -1,0 +1,232 @@
+"""RCM and MAM: pixel-level self-supervision by a support network (Yoon et al., arXiv 2112.05351).
+
+The authors released no code. Two networks, their EMA, the two modules, 256 features, crops of 192 and the scales are
+the paper's. Thresholds, temperature, prototype averaging, attention weights and the order of the stages are
+reconstructed from early public scripts of the authors' group; each is an argument.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.losses.prototype import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
+from wsss.methods.base import WSSSModule
+from wsss.networks.cnn import CNN
+from wsss.networks.vit import read_state_dict
+from wsss.optim import parameter_groups, sgd_poly, update_average
+from wsss.refine.cam import by_max, cam_to_label, multiscale_cam, rescale_photograph, resize
+
+
+class TwoLayerNet(nn.Module):
+    """A backbone, 1x1 convolution to `features` channels and ReLU, 1x1 convolution to the classes."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        features: int,
+        backbone: str,
+        weights: str | None,
+        backbone_args: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        self.backbone = CNN(backbone, weights, backbone_args)
+        self.fc8 = nn.Conv2d(self.backbone.channels, features, 1, bias=False)
+        self.fc9 = nn.Conv2d(features, num_classes, 1, bias=False)
+        for layer in (self.fc8, self.fc9):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> features (B, D, h, w), at least 0, and raw CAMs (B, C, h, w)."""
+        features = F.relu(self.fc8(self.backbone(image)))
+        return features, self.fc9(features)
+
+
+class RCMMAM(WSSSModule):
+    """A main network that learns from its own moving average, the support network.
+
+    Multi-scale CAMs of the support network divide the image into regions of classes and background. The regional
+    contrastive module (`rcm`) draws each pixel of the main network to the prototype of its region, made by the
+    support network; the multi-scale attentive module (`mam`) draws the main network's CAMs to the support network's
+    of all scales, those that differ most having the largest weight.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names.
+        backbone: `resnet38`, or the timm name of a convolutional network.
+        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag or a file.
+        backbone_args: arguments of `ResNet38` or of timm's constructor.
+        init_checkpoint: a checkpoint of this method to start both networks from, e.g. of a run without `mam`.
+        features: D, channels of the features that are contrasted.
+        ema_momentum: share of the support network that stays at each step.
+        main_scales: scales of the main network's CAMs in `mam`.
+        support_scales: scales of the support network's CAMs; both lists hold 1.
+        region_threshold: up to this value of the support network's CAM a pixel is background.
+        prototypes: `mean` over the images of the batch, `loo` (of the other images) or `memory` (of the last five
+            images with the class).
+        mam_fraction: share of the batch that takes part in `mam`, to save memory; at least one image does.
+        rcm_start: `rcm` takes part from this step on.
+        mam_start: `mam` takes part from this step on.
+        cam_scales: scales of the multi-scale maps in the evaluation; 1 always takes part.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        losses: weight and arguments of cls, rcm, mam; null leaves a term out.
+        lr: learning rate of the weights; biases learn twice as fast.
+        weight_decay: of weights, not of biases.
+        momentum: of SGD. The scripts mean 0.9, but their optimizer takes the weight decay for the momentum.
+        power: of the polynomial decay.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "resnet38",
+        weights: str | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        init_checkpoint: str | None = None,
+        features: int = 256,
+        ema_momentum: float = 0.997,
+        main_scales: Sequence[float] = (0.5, 1.0, 2.0),
+        support_scales: Sequence[float] = (0.5, 1.0, 2.0),
+        region_threshold: float = 0.3,
+        prototypes: str = "mean",
+        mam_fraction: float = 0.5,
+        rcm_start: int = 0,
+        mam_start: int = 0,
+        cam_scales: Sequence[float] = (1.0, 0.5, 1.5, 2.0),
+        background_threshold: float = 0.2,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
+        lr: float = 0.01,
+        weight_decay: float = 5e-4,
+        momentum: float = 5e-4,
+        power: float = 0.9,
+    ) -> None:
+        if losses is None:
+            losses = {key: {"weight": 1.0} for key in ("cls", "rcm", "mam")}
+        super().__init__(num_classes, classes, background_threshold, cam_scales, losses, ("cls", "rcm", "mam"))
+        self.save_hyperparameters()
+        for name, scales in (("main_scales", main_scales), ("support_scales", support_scales)):
+            if 1.0 not in scales or min(scales) <= 0:
+                raise InputError(f"{name} is {list(scales)}: expected positive factors with 1 among them")
+        for name, value in (("mam_fraction", mam_fraction), ("ema_momentum", ema_momentum)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}: expected 0 to 1")
+        self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args)
+        self.combined: dict[str, Callable[[Tensor], Tensor]] = {
+            "mean": mean_prototypes,
+            "loo": leave_one_out_prototypes,
+        }
+        if prototypes == "memory":
+            self.memory = PrototypeMemory(num_classes, features)
+            self.combined["memory"] = self.memory
+        if prototypes not in self.combined:
+            raise InputError(f"prototypes is {prototypes!r}: expected one of mean, loo, memory")
+        self.prototypes = prototypes
+        self.support = deepcopy(self.main).requires_grad_(False).eval()
+        if init_checkpoint is not None:
+            self.start_from(init_checkpoint)
+        self.main_scales, self.support_scales = tuple(main_scales), tuple(support_scales)
+        self.region_threshold, self.ema_momentum, self.mam_fraction = region_threshold, ema_momentum, mam_fraction
+        self.starts = {"cls": 0, "rcm": rcm_start, "mam": mam_start}
+        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
+
+    def start_from(self, path: str) -> None:
+        """Both networks' weights from a checkpoint of this method.
+
+        Raises:
+            InputError: it cannot be read, or is of another network.
+        """
+        state = read_state_dict(path)
+        for name in ("main", "support"):
+            own = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
+            try:
+                getattr(self, name).load_state_dict(own)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"init_checkpoint {path} does not fit this network: {reason}") from error
+
+    def train(self, mode: bool = True) -> "RCMMAM":
+        """The support network stays in evaluation mode."""
+        super().train(mode)
+        self.support.eval()
+        return self
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        image, label = batch["image"], batch["label"]
+        weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.starts[key]}
+        terms: dict[str, Tensor] = {}
+        size = image.shape[-2:]
+        features, cam = self.main(image)
+        if "cls" in weights:
+            terms["cls"] = self.losses["cls"](cam.mean(dim=(-2, -1)), label)
+        if "rcm" in weights or "mam" in weights:
+            with torch.no_grad():
+                outputs = {scale: self.support(rescale_view(image, scale)) for scale in self.support_scales}
+                support = {scale: self.visible(raw, label, size) for scale, (_, raw) in outputs.items()}
+                fused = torch.stack(list(support.values()))  # (S, B, C, H, W)
+        if "rcm" in weights:
+            region = self.region(fused.sum(0), label)
+            own = image_prototypes(outputs[1.0][0], self.region(support[1.0], label), self.num_classes)
+            terms["rcm"] = self.losses["rcm"](features, region, self.combined[self.prototypes](own))
+        if "mam" in weights:
+            part = max(1, int(len(image) * self.mam_fraction))
+            some, theirs = image[:part], label[:part]
+            raw = [cam[:part] if s == 1.0 else self.main(rescale_view(some, s))[1] for s in self.main_scales]
+            main = torch.stack([self.visible(maps, theirs, size) for maps in raw])
+            terms["mam"] = self.losses["mam"](main, fused[:, :part])
+        return self.combine(terms, weights)
+
+    @staticmethod
+    def visible(cam: Tensor, label: Tensor, size: Sequence[int]) -> Tensor:
+        """Raw CAMs (B, C, h, w) -> (B, C, *size): resized, where positive, absent classes 0."""
+        return F.relu(resize(cam, size)) * label[:, :, None, None]
+
+    def region(self, cam: Tensor, label: Tensor) -> Tensor:
+        """(B, H, W) ids of the strongest class where its normalised CAM exceeds the threshold, else background."""
+        return cam_to_label(by_max(cam), label, self.region_threshold)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.update_support()
+
+    def update_support(self) -> None:
+        """Exponential moving average of parameters, and of batch-norm statistics, which only move where they learn."""
+        support, main = (
+            [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+            for network in (self.support, self.main)
+        )
+        update_average(support, main, self.ema_momentum)
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), raw; seg None. Of the main network."""
+        _, cam = self.main(image)
+        return {"logits": cam.mean(dim=(-2, -1)), "cam": cam, "seg": None}
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """Sum over scales and mirror images of what is positive, each class divided by its maximum."""
+        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, positive_sum, by_max)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = parameter_groups(self, self.lr, self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def rescale_view(image: Tensor, scale: float) -> Tensor:
+    """A normalised crop at another scale: bilinear with aligned corners, as the paper resizes its inputs."""
+    if scale == 1.0:
+        return image
+    size = [int(scale * side) for side in image.shape[-2:]]
+    return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def positive_sum(plain: Tensor, mirrored: Tensor) -> Tensor:
+    return plain.relu() + mirrored.relu()

@@ -1,0 +1,129 @@
+"""SEAM (Wang et al., CVPR 2020, arXiv 2004.04581) and PPC on top of it (Du et al., CVPR 2022, arXiv 2110.07110)."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from wsss import InputError
+from wsss.losses.cam import inference_norm, view_cam
+from wsss.methods.base import WSSSModule
+from wsss.networks.resnet38 import ResNet38, SEAMHead
+from wsss.optim import parameter_groups, sgd_poly
+from wsss.refine.cam import multiscale_cam, rescale_photograph
+
+
+class SEAM(WSSSModule):
+    """CAMs that do not change when the image is shrunk, and that similar pixels share.
+
+    A pixel correlation module revises the CAM by the similarity of low-level features. Image and shrunk image go
+    through one network; their CAMs have to agree (`er`), and the revised CAM of each with the CAM of the other
+    (`ecr`). PPC adds a contrast between pixels and class prototypes (`ppc`); its arguments are `view_size=128`,
+    `projection=128` and that loss.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names.
+        backbone: `resnet38`, whose inner layers the module reads.
+        weights: None, MXNet's `.params` file of ImageNet weights, or a `.pth` file of ResNet38.
+        backbone_args: arguments of `ResNet38`.
+        view_scale: size of the second view relative to the first.
+        view_size: its side in pixels instead; None for `view_scale`.
+        projection: features of a pixel for `ppc`; None where this loss is left out.
+        cam_scales: scales of the multi-scale maps; 1 always takes part.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        losses: weight and arguments of cls, rvmin, er, ecr, ppc; null leaves a term out.
+        lr: learning rate of the backbone's weights; biases learn twice, new layers ten times as fast.
+        weight_decay: of weights, not of biases.
+        momentum: of SGD. The released code means 0.9, but its optimizer takes the weight decay for the momentum:
+            5e-4 is what its results were made with.
+        power: of the polynomial decay.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "resnet38",
+        weights: str | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        view_scale: float = 0.3,
+        view_size: int | None = None,
+        projection: int | None = None,
+        cam_scales: Sequence[float] = (1.0, 0.5, 1.5, 2.0),
+        background_threshold: float = 0.26,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
+        lr: float = 0.01,
+        weight_decay: float = 5e-4,
+        momentum: float = 5e-4,
+        power: float = 0.9,
+    ) -> None:
+        if losses is None:
+            losses = {key: {"weight": 1.0} for key in ("cls", "rvmin", "er", "ecr")}
+        computed = ("cls", "rvmin", "er", "ecr", *(("ppc",) if projection is not None else ()))
+        super().__init__(num_classes, classes, background_threshold, cam_scales, losses, computed)
+        self.save_hyperparameters()
+        if backbone != "resnet38":
+            raise InputError(f"backbone is {backbone!r}: the pixel correlation module needs resnet38")
+        self.backbone = ResNet38.build(weights, backbone_args)
+        self.head = SEAMHead(self.backbone.channels, num_classes, projection)
+        self.view_scale, self.view_size = view_scale, view_size
+        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        label = batch["label"]
+        views = [batch["image"], self.second_view(batch["image"])]
+        outputs = [self.head(view, self.backbone(view)) for view in views]
+        cams = [up_sample(output.cam, view) for output, view in zip(outputs, views, strict=True)]
+        revised = [up_sample(output.revised_cam, view) for output, view in zip(outputs, views, strict=True)]
+        terms: dict[str, Tensor] = {}
+        if "cls" in self.losses:
+            terms["cls"] = torch.stack([self.losses["cls"](self.classify(cam), label) for cam in cams]).mean()
+        if "rvmin" in self.losses:
+            terms["rvmin"] = torch.stack([self.losses["rvmin"](cam, label) for cam in revised]).mean()
+        # what is compared has the size of the second view
+        compared = [view_cam(cam, label, views[1].shape[-2:]) for cam in cams]
+        if "er" in self.losses:
+            terms["er"] = self.losses["er"](*compared)
+        if "ecr" in self.losses:
+            first, second = (view_cam(cam, label, views[1].shape[-2:]) for cam in revised)
+            terms["ecr"] = self.losses["ecr"](first, compared[1]) + self.losses["ecr"](second, compared[0])
+        if "ppc" in self.losses:
+            projections = (outputs[0].projection, outputs[1].projection)
+            terms["ppc"] = self.losses["ppc"](projections, (outputs[0].revised_cam, outputs[1].revised_cam), label)
+        return self.combine(terms, self.loss_weights)
+
+    def second_view(self, image: Tensor) -> Tensor:
+        size = [self.view_size] * 2 if self.view_size else [int(side * self.view_scale) for side in image.shape[-2:]]
+        return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=True)
+
+    @staticmethod
+    def classify(cam: Tensor) -> Tensor:
+        """Logits (B, C) of a CAM (B, 1 + C, H, W) at image size, whose background takes no part."""
+        return cam[:, 1:].mean(dim=(-2, -1))
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """(B, 3, H, W) -> logits (B, C); cam (B, C, H, W), the revised one; seg None."""
+        output = self.head(image, self.backbone(image))
+        logits = self.classify(up_sample(output.cam, image))
+        return {"logits": logits, "cam": up_sample(output.revised_cam[:, 1:], image), "seg": None}
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """Sum over scales and mirror images, each class brought to its range; what is lowest ends a little below 0."""
+        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, inference_norm)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        groups = parameter_groups(self, self.lr, self.weight_decay, heads=[self.head])
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def up_sample(maps: Tensor, image: Tensor) -> Tensor:
+    """Bilinear with aligned corners to the image's size, as the released network does inside."""
+    return F.interpolate(maps, size=image.shape[-2:], mode="bilinear", align_corners=True)
