@@ -32,7 +32,9 @@ class PermutohedralLattice:
 
         # Embed the points in the plane sum(x) = 0 of R^(d+1). From here on the layout is (d+1, B*N).
         axes = torch.arange(d + 1, device=device)
-        scale = (2 / 3) ** 0.5 * (d + 1) / (axes[1:] * (axes[1:] + 1)).to(dtype).sqrt()
+        # rounded where the C++ code rounds: one unit in the last place decides ranks, and so which vertices exist
+        deviation = torch.tensor((2 / 3) ** 0.5 * (d + 1), dtype=dtype).item()
+        scale = (deviation / (axes[1:] * (axes[1:] + 1)).double().sqrt()).to(dtype)
         scaled = features.reshape(total, d).to(dtype).t() * scale[:, None]
         elevated = F.pad(scaled.flip(0).cumsum(0).flip(0), (0, 0, 0, 1))
         elevated[1:] -= axes[1:, None] * scaled
