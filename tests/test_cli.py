@@ -223,7 +223,7 @@ def broken_voc(root: Path, kind: str) -> list[str]:
         return ["JPEGImages"]
     if kind == "list":
         (root / "ImageSets/Segmentation/train_aug.txt").unlink()
-        return ["train_aug.txt"]
+        return ["train.txt"]
     if kind == "image":
         (root / "JPEGImages" / f"{first}.jpg").unlink()
         return [first]

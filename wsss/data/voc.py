@@ -29,7 +29,7 @@ class VOC(Dataset[dict[str, Any]]):
     Args:
         root: folder with JPEGImages/<id>.jpg and what the other arguments name.
         split: "train" or "val": which of the two lists below is read.
-        train: list to train on, a name in ImageSets/Segmentation or a .txt file.
+        train: list to train on, a name in ImageSets/Segmentation or a .txt file; None takes train_aug, else train.
         val: list to evaluate on, likewise.
         labels: the .npy of image-level labels, in root or anywhere; None takes root's only cls_labels*.npy.
         masks: folder of masks, in root or anywhere; None takes SegmentationClassAug, else SegmentationClass.
@@ -40,7 +40,7 @@ class VOC(Dataset[dict[str, Any]]):
         self,
         root: str,
         split: str = "train",
-        train: str = "train_aug",
+        train: str | None = None,
         val: str = "val",
         labels: str | None = None,
         masks: str | None = None,
@@ -51,6 +51,8 @@ class VOC(Dataset[dict[str, Any]]):
         self.root = Path(root).expanduser()
         image_folder = self.root / "JPEGImages"
         images = _files(image_folder, IMAGE_SUFFIXES)
+        if train is None:
+            train = "train_aug" if (self.root / "ImageSets/Segmentation/train_aug.txt").is_file() else "train"
         self.ids = read_list(self._list_path(train if split == "train" else val))
         self.images = self._pick(images, f"image in {image_folder}")
         self.classes = self._class_names(classes)
