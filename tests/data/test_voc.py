@@ -163,3 +163,13 @@ def test_real_data(name: str, train: int, val: int, classes: int) -> None:
 @real
 def test_the_names_of_voc() -> None:
     assert wsss.data.files.read_lines(Path(str(DATA), "lists/voc12/classes.txt")) == list(VOC_CLASSES)
+
+
+def test_train_takes_the_place_of_train_aug(root: Path) -> None:
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train.txt").write_text(IDS[0])
+    assert VOC(str(root)).ids == list(IDS[:2])
+    (lists / "train_aug.txt").unlink()
+    assert VOC(str(root)).ids == [IDS[0]]
+    (lists / "train.txt").unlink()
+    refused("train.txt", "val", root=str(root))

@@ -31,6 +31,7 @@ class SEAM(WSSSModule):
         backbone: `resnet38`, whose inner layers the module reads.
         weights: None, MXNet's `.params` file of ImageNet weights, or a `.pth` file of ResNet38.
         backbone_args: arguments of `ResNet38`.
+        dropout: probability that a channel of the last features is dropped.
         view_scale: size of the second view relative to the first.
         view_size: its side in pixels instead; None for `view_scale`.
         projection: features of a pixel for `ppc`; None where this loss is left out.
@@ -51,6 +52,7 @@ class SEAM(WSSSModule):
         backbone: str = "resnet38",
         weights: str | None = None,
         backbone_args: Mapping[str, Any] | None = None,
+        dropout: float = 0.5,
         view_scale: float = 0.3,
         view_size: int | None = None,
         projection: int | None = None,
@@ -70,7 +72,7 @@ class SEAM(WSSSModule):
         if backbone != "resnet38":
             raise InputError(f"backbone is {backbone!r}: the pixel correlation module needs resnet38")
         self.backbone = ResNet38.build(weights, backbone_args)
-        self.head = SEAMHead(self.backbone.channels, num_classes, projection)
+        self.head = SEAMHead(self.backbone.channels, num_classes, projection, dropout)
         self.view_scale, self.view_size = view_scale, view_size
         self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
 

@@ -264,12 +264,15 @@ class SEAMHead(nn.Module):
         channels: of conv4, conv5 and conv6.
         num_classes: C, foreground classes only.
         projection: D of PPC (Du et al., CVPR 2022, arXiv 2110.07110), 128 there; None leaves it out.
+        dropout: probability that a channel of conv6 is dropped.
     """
 
-    def __init__(self, channels: tuple[int, int, int], num_classes: int, projection: int | None = None) -> None:
+    def __init__(
+        self, channels: tuple[int, int, int], num_classes: int, projection: int | None = None, dropout: float = 0.5
+    ) -> None:
         super().__init__()
         conv4, conv5, conv6 = channels
-        self.dropout7 = nn.Dropout2d(0.5)
+        self.dropout7 = nn.Dropout2d(dropout)
         self.fc8 = nn.Conv2d(conv6, 1 + num_classes, 1, bias=False)
         self.fc_proj = None if projection is None else nn.Conv2d(conv6, projection, 1, bias=False)
         self.f8_3 = nn.Conv2d(conv4, 64, 1, bias=False)
