@@ -134,6 +134,10 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = [f"images={images}", f"out={tmp_path / 'out'}", "num_workers=0", "class_threshold=0.0"]
     assert call("predict", f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", *arguments) == 0
     assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (45, 30)
+    Image.new("RGB", (45, 5)).save(images / "tiny.png")
+    said = fails(capsys, 2, f"checkpoint={run / 'checkpoints' / 'last.ckpt'}", *arguments, command="predict")
+    assert "1 of 2 images could not be used" in said
+    assert "tiny: an image of 45x5 pixels is smaller than one patch of 8" in said
     other = "mctformer" if version != "mctformer" else "mctformer_v1"
     said = fails(capsys, 2, f"checkpoint={official}", f"method={other}", "dataset=shapes", command="eval")
     assert f"is of method={version}" in said

@@ -46,7 +46,11 @@ def predict(cfg: DictConfig) -> int:
         if isinstance(image, str):
             failed.append(image)
             continue
-        output = method.infer(tensor[None].to(device), cams=cfg.cam)
+        try:
+            output = method.infer(tensor[None].to(device), cams=cfg.cam)
+        except InputError as error:  # too small for the network, say
+            failed.append(f"{name}: {error}")
+            continue
         present = (output["logits"].sigmoid() > cfg.class_threshold).float()  # (1, C)
         size = image.shape[:2]
         if output["seg"] is not None:
@@ -69,7 +73,7 @@ def predict(cfg: DictConfig) -> int:
     print(f"{done} masks -> {out / 'masks'}; images with each class: {listed}")
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(names)} images could not be read and have no mask: {' '.join(failed[:3])}"
+            f"{len(failed)} of {len(names)} images could not be used and have no mask: {' '.join(failed[:3])}"
         )
     return done
 
