@@ -51,6 +51,8 @@ MCTFORMER_OVERRIDES = [
     "method.attention_layers=2",
     "method.cam_scales=[1.0, 0.75]",
     "method.epochs=2",
+    "method.refine=true",
+    "method.background_threshold=0.39",
 ]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
