@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they leave, what they say, how they end."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import MCTFORMER_OVERRIDES, OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
+from tiny import MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
 
 from wsss import losses
 from wsss.checkpoints import mctformer_to_official, toco_to_official
@@ -141,6 +142,32 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     other = "mctformer" if version != "mctformer" else "mctformer_v1"
     said = fails(capsys, 2, f"checkpoint={official}", f"method={other}", "dataset=shapes", command="eval")
     assert f"is of method={version}" in said
+
+
+@pytest.mark.parametrize("name", ["cam", "seam", "ppc", "rcm_mam"])
+def test_methods_on_resnet38(name: str, tmp_path: Path) -> None:
+    """Trained, evaluated and asked for masks; RCM-MAM also from an earlier run that is gone when it is evaluated."""
+    run, given = tmp_path / "run", [f"method={name}", *RESNET38_OVERRIDES, "transform.long_side=[32, 40]"]
+    if name == "rcm_mam":
+        given += ["method.features=8", "method.rcm_start=0", "method.mam_start=1"]
+        assert call("train", *given, "method.losses.mam=null", f"hydra.run.dir={tmp_path / 'first'}") == 0
+        given += [f"method.init_checkpoint={tmp_path / 'first' / 'checkpoints' / 'last.ckpt'}"]
+    assert call("train", *given, f"hydra.run.dir={run}") == 0
+    if name == "rcm_mam":
+        shutil.rmtree(tmp_path / "first")
+    trained = json.loads((run / "metrics.json").read_text())
+    assert trained["steps"] == 2
+    quiet = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"]
+    checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
+    assert call("eval", checkpoint, *quiet, f"hydra.run.dir={tmp_path / 'eval'}") == 0
+    measured = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for key in ("val/map", "val/cam_miou", "val/cam_best_miou"):
+        assert measured[key] == pytest.approx(trained[key], abs=1e-6), key
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (45, 30)).save(images / "a.png")
+    assert call("predict", checkpoint, f"images={images}", f"out={tmp_path / 'out'}", "num_workers=0") == 0
+    assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (45, 30)
 
 
 def test_sweep_ends_with_one_table_and_survives_a_bad_job(

@@ -54,6 +54,11 @@ MCTFORMER_OVERRIDES = [
     "method.refine=true",
     "method.background_threshold=0.39",
 ]
+RESNET38_OVERRIDES = [
+    *SHARED,
+    "method.backbone_args={width: 4, frozen_stages: 0, batch_norm_momentum: 0.1}",
+    "method.cam_scales=[1.0, 0.5]",
+]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 

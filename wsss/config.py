@@ -28,7 +28,19 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wsss import InputError, RunError
 
-PATH_KEYS = {"checkpoint", "dir", "images", "labels", "masks", "out", "root", "train", "val", "weights"}
+PATH_KEYS = {
+    "checkpoint",
+    "dir",
+    "images",
+    "init_checkpoint",
+    "labels",
+    "masks",
+    "out",
+    "root",
+    "train",
+    "val",
+    "weights",
+}
 """Last parts of the keys whose values are paths or names and reach Hydra quoted."""
 
 OPTIONAL_GROUPS = ("transform", "recipe")

@@ -152,7 +152,8 @@ def from_checkpoint(overrides: list[str], dataset: bool = True) -> list[str]:
     stored = [f"method={origin['method']}"]
     # the weights come from this file, not from where training started
     built = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in ("num_classes", "classes")}
-    values = {"method": built | {"weights": None}, "protocol": origin.get("protocol", {})}
+    built |= {"weights": None} | ({"init_checkpoint": None} if "init_checkpoint" in built else {})
+    values = {"method": built, "protocol": origin.get("protocol", {})}
     if dataset and "dataset" not in origin:
         if not values_of(overrides, "dataset"):
             raise InputError(
