@@ -94,7 +94,7 @@ def multiscale_cam(
             scaled = image if scale == 1.0 else rescale(image, scale)
             plain, mirrored = raw_cam(torch.cat([scaled, scaled.flip(-1)])).chunk(2)
         total = total + fuse(resize(plain, size), resize(mirrored, size).flip(-1))
-    return normalise(total)
+    return normalise(total.float())  # half precision would lose the small constant in the denominator
 
 
 @torch.no_grad()
