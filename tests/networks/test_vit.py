@@ -55,7 +55,7 @@ def test_tags_of_the_papers(backbone: str, tag: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match=r"could not be downloaded .* pass method.weights=FILE"):
         ViTEncoder(backbone, tag)
     assert asked == [(f"{backbone}.{tag}", True)]
-    with pytest.raises(InputError, match=rf"'nothing' is neither .* {tag}"):
+    with pytest.raises(InputError, match=rf"'nothing' is neither .*{tag}"):
         ViTEncoder(backbone, "nothing")
 
 
