@@ -1,15 +1,27 @@
 """Transforms: what they draw, and from which generator; exact padding; what they refuse."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as vision
+from PIL import Image, ImageFilter
 
 from wsss import InputError
 from wsss.data.datamodule import Normalise
-from wsss.data.transforms import LongSideCrop, RandAugmentCrop, ToCoViews
+from wsss.data.transforms import (
+    Blur,
+    Jitter,
+    LongSideCrop,
+    RandAugmentCrop,
+    ResizedCrop,
+    ToCoViews,
+    random_crop,
+)
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 TRANSFORMS = {
@@ -35,6 +47,124 @@ def test_the_given_generator_decides_alone(name: str) -> None:
     assert all((first[key] == again[key]).all() for key in first)
     assert (first["image"] != other["image"]).any()
     assert first["image"].shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)])
+@pytest.mark.parametrize("factors", [(0.6, 1.4, 0.8, -0.1), (1.3, 0.7, 1.2, 0.07), (1.01, 0.99, 1.0, 0.003)])
+def test_jitter_is_torchvisions(order: tuple[int, ...], factors: tuple[float, ...]) -> None:
+    operations = (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation, vision.adjust_hue)
+    expected = Image.fromarray(PHOTOGRAPH)
+    for index in order:
+        expected = operations[index](expected, factors[index])
+    assert (Jitter().apply(PHOTOGRAPH, *factors, order) == np.asarray(expected)).all()
+
+
+def test_blur_and_resized_crop_are_pils_and_torchvisions() -> None:
+    image = Image.fromarray(PHOTOGRAPH)
+    for radius in (0.1, 0.4, 1.0, 2.0):
+        expected = image.filter(ImageFilter.GaussianBlur(radius))
+        assert (Blur().apply(PHOTOGRAPH, radius) == np.asarray(expected)).all()
+    for top, left, height, width in ((5, 11, 50, 60), (0, 0, 60, 90), (40, 70, 20, 20)):  # smaller and larger than 40
+        expected = vision.resized_crop(image, top, left, height, width, (40, 40), T.InterpolationMode.BICUBIC)
+        found = ResizedCrop((40, 40)).apply(PHOTOGRAPH, (left, top, left + width, top + height))
+        assert (found == np.asarray(expected)).all()
+
+
+def uniform(values: Sequence[float] | np.ndarray, low: float, high: float) -> None:
+    """Values lie between the bounds; their mean and quartiles are those of a uniform draw, within four deviations."""
+    count, shares = len(values), (np.array(values) - low) / (high - low)
+    assert shares.min() >= 0
+    assert shares.max() <= 1
+    assert abs(shares.mean() - 1 / 2) < 4 * (1 / 12 / count) ** 0.5
+    for quartile in (0.25, 0.5, 0.75):
+        assert abs((shares < quartile).mean() - quartile) < 4 * (quartile * (1 - quartile) / count) ** 0.5
+
+
+def share(happened: Sequence[bool] | np.ndarray, expected: float) -> None:
+    assert abs(np.mean(happened) - expected) <= 4 * (expected * (1 - expected) / len(happened)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def toco_draws() -> dict[str, list[dict[str, Any]]]:
+    """What 800 calls drew: for each view and change of colour its parameters, empty where it was left out."""
+    views, rng = ToCoViews(crop_size=8), np.random.default_rng(0)
+    image = np.ascontiguousarray(PHOTOGRAPH[:48, :64])
+    draws: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(800):
+        views(image, rng)
+        for name, compose in (("image", views.main), ("local_source", views.local), ("global_view", views.global_)):
+            for transform in compose.transforms:
+                draws.setdefault(f"{name} {type(transform).__name__}", []).append(transform.params)
+    return draws
+
+
+@pytest.mark.parametrize(
+    ("view", "blurred", "solarised"), [("image", 1.0, 0.0), ("local_source", 0.5, 0.0), ("global_view", 0.1, 0.2)]
+)
+def test_toco_draws_colours(
+    toco_draws: dict[str, list[dict[str, Any]]], view: str, blurred: float, solarised: float
+) -> None:
+    jitter, blur = toco_draws[f"{view} Jitter"], toco_draws[f"{view} Blur"]
+    for draws, expected in (
+        (jitter, 0.8),
+        (toco_draws[f"{view} ToGray"], 0.2),
+        (blur, blurred),
+        (toco_draws[f"{view} Solarize"], solarised),
+    ):
+        share([bool(parameters) for parameters in draws], expected)
+    drawn = [parameters for parameters in jitter if parameters]
+    for name, strength in (("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2)):
+        uniform([parameters[name] for parameters in drawn], 1 - strength, 1 + strength)
+    uniform([parameters["hue"] for parameters in drawn], -0.1, 0.1)
+    for place in range(4):
+        for operation in range(4):
+            share([parameters["order"][place] == operation for parameters in drawn], 1 / 4)
+    uniform([parameters["radius"] for parameters in blur if parameters], 0.1, 2.0)
+
+
+def test_toco_global_view_is_a_random_resized_crop(toco_draws: dict[str, list[dict[str, Any]]]) -> None:
+    ours = np.array([parameters["crop_coords"] for parameters in toco_draws["global_view ResizedCrop"]])
+    torch.manual_seed(0)
+    image = Image.fromarray(PHOTOGRAPH[:48, :64])
+    top, left, height, width = np.array(
+        [T.RandomResizedCrop.get_params(image, (0.4, 1.0), (3 / 4, 4 / 3)) for _ in range(800)]
+    ).T
+    theirs = np.stack([left, top, left + width, top + height], axis=1)
+    for found, expected in ((sizes(ours), sizes(theirs)), (ours, theirs)):
+        error = (found.var(0) / len(found) + expected.var(0) / len(expected)) ** 0.5
+        assert (np.abs(found.mean(0) - expected.mean(0)) < 4 * error).all()
+        assert (np.abs(found.std(0) / expected.std(0) - 1) < 0.15).all()
+    areas = sizes(ours)[:, 0] / (48 * 64)
+    assert 0.37 < areas.min() < 0.43  # sides are rounded
+    assert areas.max() <= 1
+
+
+def sizes(boxes: np.ndarray) -> np.ndarray:
+    """(N, 2) area and logarithm of the aspect of boxes (N, 4) left, top, right, bottom."""
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    return np.stack([width * height, np.log(width / height)], axis=1)
+
+
+def test_toco_scale_and_place() -> None:
+    image, rng = np.full((120, 90, 3), 255, np.uint8), np.random.default_rng(0)
+    views = ToCoViews(crop_size=240)
+    for transform in (*views.main, *views.local, *views.global_):
+        transform.p = 0.0
+    boxes = np.array([views(image, rng)["image_box"] for _ in range(400)])
+    top, left, height, width = boxes[:, 0], boxes[:, 2], boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    uniform(height / 120, 0.5, 2.0)
+    assert (np.abs(height * 90 / 120 - width) < 1).all()  # sides are floored
+    uniform((top + 0.5) / (240 - height + 1), 0.0, 1.0)
+    uniform((left + 0.5) / (240 - width + 1), 0.0, 1.0)
+
+
+def test_crops_of_a_larger_image_lie_anywhere() -> None:
+    rows, columns = np.mgrid[:50, :70]
+    image, rng = np.stack([rows, columns, rows], axis=-1).astype(np.uint8), np.random.default_rng(0)
+    corners = np.array([random_crop(image, 40, rng)[0][0, 0, :2] for _ in range(1000)])
+    for axis, places in ((0, 11), (1, 31)):
+        for place in range(places):
+            share(corners[:, axis] == place, 1 / places)
 
 
 def pixels(**arguments: Any) -> list[dict[str, np.ndarray]]:

@@ -184,7 +184,7 @@ class Normalise:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+        tensor = torch.from_numpy(image.copy(order="C")).permute(2, 0, 1).float()
         return tensor.div_(255).sub_(self.mean).div_(self.std)
 
 

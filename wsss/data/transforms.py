@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 from wsss import InputError
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
 import albumentations as A
-import cv2
 from timm.data import create_transform
 
 Views = dict[str, np.ndarray]
@@ -85,6 +84,56 @@ class FlipCrop:
         return {"image": window, "image_box": box}
 
 
+# Drawn by albumentations, painted by PIL as in the papers' code: OpenCV knows 180 hues, extends borders in another way,
+# and its bicubic filter is another one that aliases.
+
+
+class Jitter(A.ColorJitter):
+    """The changes of colour of torchvision on PIL images, in the drawn order."""
+
+    def apply(
+        self,
+        img: np.ndarray,
+        brightness: float,
+        contrast: float,
+        saturation: float,
+        hue: float,
+        order: Sequence[int],
+        **params: Any,
+    ) -> np.ndarray:
+        picture = Image.fromarray(img)
+        for index in order:
+            if index == 0:
+                picture = ImageEnhance.Brightness(picture).enhance(brightness)
+            elif index == 1:
+                picture = ImageEnhance.Contrast(picture).enhance(contrast)
+            elif index == 2:
+                picture = ImageEnhance.Color(picture).enhance(saturation)
+            else:
+                angle, *rest = picture.convert("HSV").split()
+                angle = angle.point([(value + int(255 * hue)) % 256 for value in range(256)])
+                picture = Image.merge("HSV", (angle, *rest)).convert("RGB")
+        return np.asarray(picture)
+
+
+class Blur(A.GaussianBlur):
+    """PIL's Gaussian blur, which repeats box filters."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        return {"radius": self.py_random.uniform(*self.sigma_limit)}
+
+    def apply(self, img: np.ndarray, radius: float, **params: Any) -> np.ndarray:
+        return np.asarray(Image.fromarray(img).filter(ImageFilter.GaussianBlur(radius)))
+
+
+class ResizedCrop(A.RandomResizedCrop):
+    """Resized by PIL's antialiased bicubic filter."""
+
+    def apply(self, img: np.ndarray, crop_coords: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        part = Image.fromarray(img).crop(crop_coords)
+        return np.asarray(part.resize(self.size[::-1], Image.Resampling.BICUBIC))
+
+
 class ToCoViews:
     """ToCo's three views: `image`, `global_view` and `local_source` (the view local crops are cut from).
 
@@ -114,7 +163,7 @@ class ToCoViews:
         self.crop_size, self.scale = _check(crop_size, scale)
         self.released_behaviour = released_behaviour
         self.main, self.local = (self._photometric(jitter, p, solarize=0.0) for p in (blur[0], blur[2]))
-        self.view = A.RandomResizedCrop((crop_size, crop_size), scale=(0.4, 1.0), interpolation=cv2.INTER_CUBIC)
+        self.view = ResizedCrop((crop_size, crop_size), scale=(0.4, 1.0))
         self.global_ = self._photometric(jitter, blur[1], solarize=0.2, first=[self.view])
 
     @staticmethod
@@ -126,9 +175,9 @@ class ToCoViews:
         return A.Compose(
             [
                 *first,
-                A.ColorJitter(**colours, hue=(-0.1 * jitter, 0.1 * jitter), p=0.8),
+                Jitter(**colours, hue=(-0.1 * jitter, 0.1 * jitter), p=0.8),
                 A.ToGray(p=0.2),
-                A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=blur),
+                Blur(sigma_limit=(0.1, 2.0), p=blur),
                 A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
             ]
         )
