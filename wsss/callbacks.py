@@ -1,10 +1,17 @@
 """Lightning callbacks of a training run."""
 
+import csv
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from wsss import RunError
@@ -49,14 +56,164 @@ class FiniteLoss(pl.Callback):
                 )
 
 
-class Validated(pl.Callback):
-    """Remembers the step of the last evaluation, so that the final one is not made twice."""
+class StepSeed(pl.Callback):
+    """Seeds torch anew at every step and rank: what a step draws depends on the seed and the step alone.
 
-    step = -1
+    So a run that was interrupted draws after its last checkpoint what it would have drawn, however often the
+    evaluation or the loaders have asked for random numbers in between.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        place = (self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+
+class RunLog(pl.Callback):
+    """Hands the losses and rates of every `every`-th step, and each evaluation, to the logger.
+
+    It does so before a checkpoint of that step is written, and the checkpoint remembers how many rows there were:
+    a run that goes on drops the later ones and so leaves the log of a run that was never interrupted.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.evaluated = -1  # the step of the last evaluation
+        self.figures: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.every == 0:
+            losses = {f"train/loss_{key}": float(term) for key, term in outputs["terms"].items()}
+            # the batch's own loss, which Lightning has divided by the number of batches a step takes
+            total = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            groups = trainer.optimizers[0].param_groups
+            self.write(trainer, {"train/loss": total} | losses | {f"lr/{i}": g["lr"] for i, g in enumerate(groups)})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
+        self.evaluated = trainer.global_step
+        self.figures = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self.write(trainer, self.figures)
+
+    def write(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(row, step=trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        log = trainer.logger
+        rows = log.rows if isinstance(log, CSVLog) else 0
+        checkpoint["log"] = {"rows": rows, "evaluated": self.evaluated, "figures": self.figures}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        log = checkpoint["log"]
+        self.evaluated, self.figures = log["evaluated"], log["figures"]
+        if isinstance(trainer.logger, CSVLog):
+            trainer.logger.keep(log["rows"])
+
+
+class CSVLog(Logger):
+    """The log as `<save_dir>/log/metrics.csv`: a row as soon as it is there, empty where it has no value."""
+
+    name, version = None, None
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "log" / "metrics.csv"
+        self.columns: list[str] = []
+        self.rows = 0
+
+    @rank_zero_only
+    def keep(self, rows: int) -> None:
+        """Start with the first rows of what is there; the others belong to steps that will be made again."""
+        kept = self._read()[:rows]
+        # as many columns as these rows fill, in the order in which they came
+        self.columns = list(dict.fromkeys(key for row in kept for key, value in row.items() if value != ""))
+        self._write(kept)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if new := [key for key in row if key not in self.columns]:
+            rows = self._read() if self.rows else []
+            self.columns += new
+            self._write([*rows, row])
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+            self.rows += 1
+
+    @rank_zero_only
+    def log_hyperparams(self, *params: Any, **more: Any) -> None:
+        """They stand in config.yaml."""
+
+    def _read(self) -> list[dict[str, Any]]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")  # columns of rows that are dropped
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+        self.rows = len(rows)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: after each evaluation, or every so many batches where nothing is evaluated, and at the end.
+
+    After, so that a run that goes on from it has nothing to evaluate again, and knows the best checkpoint so far.
+    """
+
+    def __init__(self, path: Path, every: int | None) -> None:
+        self.path, self.every, self.step = path, every, -1
+
+    def save(self, trainer: pl.Trainer) -> None:
+        if self.step != trainer.global_step:
             self.step = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every is not None and (batch_idx + 1) % self.every == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a full disk or a kill leaves the former one.
+
+    Lightning's own way writes to the folder of temporary files, often on another disk, from which it is copied.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch's writer reports a full disk as its own failed assertion
+            raise
 
 
 class StepProgress(RichProgressBar):

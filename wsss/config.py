@@ -4,6 +4,7 @@ Finds conf/, arranges the command line, runs Hydra, and instantiates by name. Im
 a mistyped key answer at once.
 """
 
+import errno
 import inspect
 import math
 import os
@@ -45,6 +46,9 @@ PATH_KEYS = {
 
 OPTIONAL_GROUPS = ("transform", "recipe")
 """Groups whose option is named after others and need not exist."""
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says when a disk or a quota is full, or may not be written to."""
 
 VALUE_OPTIONS = {
     "--config-dir",
@@ -112,6 +116,13 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
         try:
             check_choices()
             return task(cfg)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            where = error.filename or out
+            sentence = f"cannot write {where} ({error.strerror}): what was complete is kept; make room, then run again"
+            failures.append(_say(name, sentence, 1))
+            return math.nan
         except (InputError, RunError, OmegaConfBaseException) as error:
             if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
                 _remove_run(out)

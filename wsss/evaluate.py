@@ -43,7 +43,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: int = 8) -> None:
-    """A grid of the first evaluation images: input, CAM, pseudo label, prediction and truth.
+    """A grid of the first evaluation images, else training images: input, CAM, pseudo label, prediction and truth.
 
     CAM and pseudo label are those of the image's true labels, as in training; white is undecided. A method with
     class attention also leaves `attention.png`, the attention of the true classes' tokens in five of the images.
@@ -57,7 +57,7 @@ def save_examples(path: Path, method: "WSSSModule", data: "DataModule", count: i
     rows: list[list[Any]] = []
     attentions: list[dict[str, Any]] = []
     method.eval()
-    for batch in data.val_dataloader():
+    for batch in data.example_dataloader():
         for index in range(min(len(batch["image"]), count - len(rows))):
             image, label = (batch[key][index : index + 1].to(method.device) for key in ("image", "label"))
             size = image.shape[-2:]

@@ -214,8 +214,8 @@ def evaluation(num_classes: int, cam_names: Sequence[str], background_threshold:
 def figures_of(metrics: nn.ModuleDict, classes: Sequence[str]) -> dict[str, Any]:
     """Figures of the metrics that have seen anything, which start anew.
 
-    Beside its mean, `miou` gives `iou/<class>` for background and every class that has a value, and the CAMs
-    `..._best_miou` and `..._best_threshold`.
+    Beside its mean, `miou` gives `iou/<class>` for background and every class, NaN for one that neither masks nor
+    predictions hold, and the CAMs `..._best_miou` and `..._best_threshold`.
     """
     figures: dict[str, Any] = {}
     for key, metric in metrics.items():
@@ -224,7 +224,7 @@ def figures_of(metrics: nn.ModuleDict, classes: Sequence[str]) -> dict[str, Any]
             continue
         if isinstance(metric, SegmentationIoU):
             values = zip(("background", *classes), metric.iou().tolist(), strict=True)
-            figures |= {f"iou/{name}": value for name, value in values if value == value}
+            figures |= {f"iou/{name}": value for name, value in values}
         elif isinstance(metric, CamIoU):
             best, threshold = metric.best()
             figures |= {key.replace("miou", "best_miou"): best, key.replace("miou", "best_threshold"): threshold}

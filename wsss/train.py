@@ -1,6 +1,9 @@
 """`wsss-train`: fit a method on a data set, then evaluate it."""
 
+import fcntl
+import json
 import logging
+import os
 import platform
 import resource
 import sys
@@ -26,16 +29,16 @@ def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from wsss.callbacks import FiniteLoss, StepProgress, Validated
+    from wsss.callbacks import FiniteLoss, LastCheckpoint, RunLog, StepProgress, StepSeed, WholeCheckpoints
     from wsss.evaluate import build_protocol, save_examples
     from wsss.report import print_figures, write_json
 
     started = time.perf_counter()
     quieten()
     run = HydraConfig.get()
-    out, choices = Path(run.runtime.output_dir), run.runtime.choices
+    choices = run.runtime.choices
     if (
         run.mode == RunMode.MULTIRUN
         and str(cfg.trainer.strategy).startswith("ddp")
@@ -45,7 +48,13 @@ def train(cfg: DictConfig) -> float | None:
             "trainer.strategy=ddp starts this command anew on each device and would repeat the whole sweep there: "
             "use trainer.strategy=ddp_spawn, or Hydra's submitit launcher"
         )
-    check_settings(cfg, out)
+    check_settings(cfg)
+    out = choose_run(cfg, Path(run.runtime.output_dir))
+    if (out / "metrics.json").exists():
+        figures = json.loads((out / "metrics.json").read_text())
+        print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
+        return figures.get(cfg.monitor)
+    last = out / "checkpoints" / "last.ckpt"
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
@@ -59,18 +68,10 @@ def train(cfg: DictConfig) -> float | None:
         "dataset": choices["dataset"],
         "dataset_values": absolute_paths(plain(cfg.dataset)),
     }
-    validated = Validated()
-    callbacks: list[pl.Callback] = [
-        FiniteLoss(cfg.trainer.log_every_n_steps),
-        validated,
-        LearningRateMonitor(),
-        ModelCheckpoint(
-            out / "checkpoints",
-            filename="last",
-            every_n_train_steps=cfg.trainer.val_check_interval,
-            enable_version_counter=False,
-        ),
-    ]
+    settings = plain(cfg.trainer, "trainer")
+    settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
+    log = RunLog(cfg.trainer.log_every_n_steps)
+    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
     if data.val is not None:
         best = ModelCheckpoint(
             out / "checkpoints",
@@ -81,33 +82,35 @@ def train(cfg: DictConfig) -> float | None:
             enable_version_counter=False,
         )
         callbacks.append(best)
+    callbacks.append(LastCheckpoint(last, settings["val_check_interval"] if data.val is None else None))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())
-    settings = plain(cfg.trainer, "trainer")
-    settings["val_check_interval"] = min(settings["val_check_interval"], settings["max_steps"])
     trainer = build_trainer(
-        settings,
-        logger=build(cfg.logger, "logger") if cfg.logger else False,
+        settings | {"accumulate_grad_batches": settings["accumulate_grad_batches"] or 1},
+        logger=build(cfg.logger, "logger", save_dir=str(out)) if cfg.logger else False,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         default_root_dir=out,
-        use_distributed_sampler=False,  # the endless sampler shards itself
+        use_distributed_sampler=False,  # our samplers shard themselves
         num_sanity_val_steps=0,
     )
+    passes = accumulation(cfg, trainer.world_size)
+    trainer.accumulate_grad_batches = passes
+    trainer.val_check_interval = settings["val_check_interval"] * passes  # Lightning counts batches, we count steps
     if trainer.is_global_zero:
-        (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
+        if not (out / "run.json").exists():
+            (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+            write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
         parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
         print(
             f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
             f"{data.train_size} images of {data.num_classes} classes, {settings['max_steps']} steps -> {out}"
         )
-    trainer.fit(method, data)
-    trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
-    if data.val is not None and validated.step != trainer.global_step:
+    trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    if data.val is not None and log.evaluated != trainer.global_step:
         trainer.validate(method, data, verbose=False)
 
-    figures = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-    figures |= {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
+    figures = log.figures | {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
     figures["peak_memory_mb"] = (
         torch.cuda.max_memory_allocated() / 2**20
         if torch.cuda.is_available()
@@ -115,25 +118,125 @@ def train(cfg: DictConfig) -> float | None:
     )
     if trainer.is_global_zero:
         notes = method.describe(data.val_name) if data.val is not None else {}
+        save_examples(out / "examples.png", method, data)
         write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
-        if data.val is not None:
-            save_examples(out / "examples.png", method, data)
         print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
     return figures.get(cfg.monitor)
 
 
-def check_settings(cfg: DictConfig, out: Path) -> None:
-    """Refuse what would fail late or overwrite an earlier run.
+def choose_run(cfg: DictConfig, out: Path) -> Path:
+    """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
+
+    It is locked until this process ends, however it ends.
 
     Raises:
-        InputError: a number out of range, or a run directory that is in use.
+        InputError: the directory is in use, or holds a run of another configuration.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # another process of a run whose first one has chosen
+        return Path(os.environ.get("WSSS_RUN_DIR", out))
+    if cfg.resume == "auto" and (out / "run.json").exists():
+        if different := unlike(cfg, out):
+            raise InputError(
+                f"{out} holds a run of another configuration, different are {', '.join(different[:5])}: "
+                "repeat its command, or give another hydra.run.dir"
+            )
+    elif cfg.resume == "auto" and HydraConfig.get().mode != RunMode.MULTIRUN:
+        old = newest_unfinished(cfg, out.parent)
+        if old is not None:
+            out.rmdir()  # made by Hydra a moment ago
+            out = old
+        print(f"resume=auto: {f'going on with {old}' if old else f'no such run in {out.parent}, starting {out.name}'}")
+    elif (out / "run.json").exists():
+        raise InputError(f"{out} already holds a run: give another hydra.run.dir, add resume=auto, or remove it")
+    if not lock(out):
+        raise InputError(f"{out} is in use by another process: wait for its end, or give another hydra.run.dir")
+    os.environ["WSSS_RUN_DIR"] = str(out)
+    return out
+
+
+def newest_unfinished(cfg: DictConfig, folder: Path) -> Path | None:
+    """The run that began last among those of this configuration that have not ended and that nobody works on."""
+    begun = sorted(folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = (path.parent for path in begun if not path.with_name("metrics.json").exists())
+    return next((run for run in runs if not unlike(cfg, run) and lock(run)), None)
+
+
+LOCKS: dict[Path, int] = {}
+"""Descriptors of the run directories of this process, open until it ends."""
+
+
+def release() -> None:
+    while LOCKS:
+        os.close(LOCKS.popitem()[1])
+
+
+os.register_at_fork(after_in_child=release)  # a loader's worker outlives a killed run by seconds
+
+
+def lock(out: Path) -> bool:
+    """Take a run directory for this process; False where another one has it."""
+    if out not in LOCKS:
+        descriptor = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        LOCKS[out] = descriptor
+    return True
+
+
+def unlike(cfg: DictConfig, run: Path) -> list[str]:
+    """Keys whose values differ from those of the run in this directory; `resume` aside."""
+    stored = OmegaConf.load(run / "config.yaml")
+    ours, theirs = (flat(OmegaConf.to_container(config, resolve=True)) for config in (cfg, stored))
+    return [key for key in ours | theirs if key != "resume" and ours.get(key, ...) != theirs.get(key, ...)]
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their keys joined by dots."""
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in flat(value, f"{key}.{name}" if key else str(name)).items()}
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what would fail late.
+
+    Raises:
+        InputError: a number out of range.
     """
     for key, least in (("seed", 0), ("trainer.max_steps", 1), ("trainer.val_check_interval", 1)):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
-    if (out / "run.json").exists():
-        raise InputError(f"{out} already holds a run: give another hydra.run.dir, or remove it")
+    if cfg.resume not in (None, "auto"):
+        raise InputError(f"resume is {cfg.resume!r}: expected auto or null; hydra.run.dir names the run to go on with")
+
+
+def accumulation(cfg: DictConfig, devices: int) -> int:
+    """Batches an optimizer step takes, so that `global_batch_size` images make one on any number of devices.
+
+    Raises:
+        InputError: no number of batches makes that many images, or the number given does not.
+    """
+    given, wanted = cfg.trainer.accumulate_grad_batches, cfg.global_batch_size
+    images = cfg.data.batch_size * devices
+    if wanted is None:
+        return given or 1
+    passes = given or max(1, wanted // images)
+    if passes * images != wanted:
+        times = f" x {given} batches a step" if given else ""
+        raise InputError(
+            f"data.batch_size={cfg.data.batch_size} x {devices} devices{times} does not make the recipe's "
+            f"global_batch_size={wanted}: choose a batch that divides it, or set global_batch_size={passes * images}"
+        )
+    if passes > 1 and not given:
+        print(
+            f"an optimizer step takes {passes} batches of {cfg.data.batch_size} on {devices} "
+            f"device{'s' if devices > 1 else ''}: the recipe's {wanted} images"
+        )
+    return passes
 
 
 def build_trainer(settings: dict[str, Any], **extra: Any) -> "pl.Trainer":
@@ -188,6 +291,8 @@ def quieten() -> None:
         ".*does not have many workers",
         ".*is deprecated, use `isinstance",
         "You have overridden `on_before_batch_transfer`",
+        "Found .* module\\(s\\) in eval mode",  # a support network is meant to be
+        "Checkpoint directory .* exists and is not empty",  # a run that goes on
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -162,7 +162,14 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.val is None:
             return []
-        return self._loader(_EvalItems(self.val, self), self.eval_batch_size, shuffle=False)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        shard = range(rank, len(self.val), world)
+        return self._loader(_EvalItems(self.val, self), self.eval_batch_size, sampler=shard)
+
+    def example_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Whole images to look at, one by one: those of the evaluation, else of the training."""
+        shown: Any = self.train if self.val is None else self.val
+        return DataLoader(_EvalItems(shown, self), batch_size=1, collate_fn=collate)
 
     def _loader(self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(

@@ -67,11 +67,11 @@ class WSSSModule(pl.LightningModule):
         self.metrics: Any = evaluation(num_classes, self.cam_names, background_threshold)
 
     def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
-        """Weighted sum of the loss terms, logged with its parts; what `training_step` returns."""
+        """Weighted sum of the loss terms, shown with its parts; what `training_step` returns and RunLog logs."""
         total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
-        self.log("train/loss", total.detach(), prog_bar=True)
+        self.log("train/loss", total.detach(), prog_bar=True, logger=False)
         parts = {key: term.detach() for key, term in terms.items()}
-        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True)
+        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True, logger=False)
         return {"loss": total, "terms": parts}
 
     def raw_cam(self, image: Tensor) -> Tensor:
@@ -135,7 +135,8 @@ class WSSSModule(pl.LightningModule):
             self.metrics[f"{name}_miou"].update(resize(output[name], size), kept, mask)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{key}": value for key, value in figures_of(self.metrics, self.classes).items()})
+        figures = figures_of(self.metrics, self.classes)
+        self.log_dict({f"val/{key}": value for key, value in figures.items()}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}

@@ -212,7 +212,8 @@ class ToCo(WSSSModule):
             terms["ptc"] = self.losses["ptc"](patches.flatten(2).transpose(1, 2), token_label)
         if "ctc" in weights:
             crops, positive = self.cut_local_crops(batch["local_source"], aux_cam, label)
-            self.update_teacher()
+            if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+                self.update_teacher()  # once a step, however many batches the step takes
             student = torch.cat([tokens.class_token, self.encoder(crops.flatten(0, 1)).class_token])
             student = self.projector(student).unflatten(0, (-1, len(image)))  # (2 + K, B, out)
             teacher = self.teacher_projector(tokens.class_token.detach()).unflatten(0, (-1, len(image)))

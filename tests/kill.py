@@ -1,0 +1,140 @@
+"""Interrupted runs are the uninterrupted run: kills a training again and again, lets it end, and compares.
+
+    python tests/kill.py [--kills 10] [--steps 60] [METHOD ...]
+
+Every method trains on small shapes with two loader workers. At moments drawn from the duration of a run the process
+gets SIGKILL, and the same command with resume=auto is started. At the end weights, optimizer, schedules, every logged
+number and metrics.json (without seconds and memory) have to be those of the run that nobody disturbed, bit by bit.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
+
+SETTINGS = {
+    "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
+    **dict.fromkeys(("mctformer", "mctformer_v1"), MCTFORMER_OVERRIDES),
+    "mctformer_plus": [o for o in MCTFORMER_OVERRIDES if "epochs" not in o],
+    **dict.fromkeys(("cam", "seam", "ppc"), RESNET38_OVERRIDES),
+    "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
+}
+
+
+def settings(method: str, steps: int, workers: int = 2) -> list[str]:
+    """The command of a run; a third of its steps between checkpoints."""
+    mine = [f"method={method}", *(o for o in SETTINGS[method] if not o.startswith(("data.num_workers", "trainer.max")))]
+    mine = [o for o in mine if not o.startswith("trainer.val_check_interval")]
+    return [
+        *mine,
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps // 3}",
+        f"data.num_workers={workers}",
+    ]
+
+
+def child(arguments: list[str], seen: Path) -> None:
+    with seen.open("a") as file:  # what it says is not looked at, but kept
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    os._exit(call("train", *arguments))
+
+
+def start(arguments: list[str], folder: Path) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=child, args=(arguments, folder / "output.txt"))
+    process.start()
+    return process
+
+
+def finish(arguments: list[str], folder: Path) -> None:
+    process = start(arguments, folder)
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"{arguments} ended with {process.exitcode}: {(folder / 'output.txt').read_text()[-2000:]}")
+
+
+def leaves(node: Any, key: str = "") -> dict[str, Any]:
+    """Everything in nested containers, by its path."""
+    if isinstance(node, dict | list | tuple):
+        pairs = node.items() if isinstance(node, dict) else enumerate(node)
+        return {k: v for name, value in pairs for k, v in leaves(value, f"{key}/{name}").items()}
+    return {key: node}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    return bool(a == b or (a != a and b != b))  # NaN is NaN
+
+
+def compare(undisturbed: Path, killed: Path) -> tuple[int, list[str]]:
+    """How many values two runs have in common, and which differ."""
+    values: list[dict[str, Any]] = []
+    for run in (undisturbed, killed):
+        found: dict[str, Any] = {"log": (run / "log/metrics.csv").read_text()}
+        figures = json.loads((run / "metrics.json").read_text())
+        found["metrics"] = {k: v for k, v in figures.items() if k not in ("seconds", "peak_memory_mb")}
+        for path in sorted((run / "checkpoints").iterdir()):
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint.pop("callbacks")  # hold the folder's name
+            found[path.name] = checkpoint
+        values.append(leaves(found))
+    first, second = values
+    return len(first), [key for key in first | second if not same(first.get(key), second.get(key))]
+
+
+def trial(method: str, folder: Path, steps: int, kills: int, rng: random.Random) -> tuple[int, list[str], list[int]]:
+    """Train undisturbed and killed; how many values agree, which do not, and the rows logged at each kill."""
+    folder.mkdir(parents=True)
+    arguments = settings(method, steps)
+    finish([*arguments, f"hydra.run.dir={folder / 'warm'}"], folder)  # fills the caches of this machine
+    began = time.monotonic()
+    finish([*arguments, f"hydra.run.dir={folder / 'undisturbed'}"], folder)
+    duration = time.monotonic() - began
+    again = [*arguments, f"hydra.run.dir={folder / 'killed'}", "resume=auto"]
+    log, rows = folder / "killed/log/metrics.csv", []
+    for _ in range(kills):
+        process = start(again, folder)
+        process.join(rng.uniform(0, duration))
+        process.kill()
+        process.join()
+        rows.append(log.read_text().count("\n") - 1 if log.exists() else 0)
+    finish(again, folder)
+    agreeing, different = compare(folder / "undisturbed", folder / "killed")
+    return agreeing, different, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    import wsss.evaluate  # once for all runs
+    import wsss.methods.base  # noqa: F401
+
+    failed = False
+    with tempfile.TemporaryDirectory() as place:
+        for method in given.methods:
+            folder = Path(place) / method
+            agreeing, different, rows = trial(method, folder, given.steps, given.kills, random.Random(given.seed))
+            failed |= bool(different)
+            print(f"{method:15} {agreeing} values, {len(different)} differ {different[:3] or ''}; rows at kills {rows}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Interrupted runs: which one goes on, and that it ends as if nothing had happened."""
+
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kill import compare, settings
+from tiny import OVERRIDES, Ended, call
+
+from wsss.callbacks import CSVLog
+
+Command = Callable[..., Ended]
+
+
+def interrupt(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next training fail at a step, as a lost machine would."""
+    from wsss.methods.toco import ToCo
+
+    proper = ToCo.training_step
+
+    def failing(self: ToCo, batch: object, batch_idx: int) -> object:
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        return proper(self, batch, batch_idx)
+
+    patch.setattr(ToCo, "training_step", failing)
+
+
+def interrupted(*arguments: str, step: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, step)
+        assert call("train", *arguments) != 0
+
+
+ARGUMENTS = settings("toco", steps=6, workers=0)
+
+
+def test_bit_equal(tmp_path: Path) -> None:
+    assert call("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    for step in (1, 3, 5):  # before the first checkpoint, and between two
+        interrupted(*ARGUMENTS, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto", step=step)
+        assert not (tmp_path / "b/metrics.json").exists()
+    torch.rand(random.randrange(1, 9))  # what else is drawn does not matter
+    assert call("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto") == 0
+    agreeing, different = compare(tmp_path / "a", tmp_path / "b")
+    assert different == []
+    assert agreeing > 100
+
+
+@pytest.mark.slow
+def test_killed() -> None:
+    script = Path(__file__).parent / "kill.py"
+    done = subprocess.run(
+        [sys.executable, script, "toco", "--kills", "3", "--steps", "30"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 differ" in done.stdout
+
+
+def test_accumulated_and_unevaluated_steps(tmp_path: Path) -> None:
+    """A global batch of several, and a last step without a checkpoint of its own."""
+    arguments = [*settings("toco", steps=6, workers=0), "global_batch_size=6", "trainer.max_steps=5"]
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    interrupted(*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto", step=3)
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto") == 0
+    assert compare(tmp_path / "a", tmp_path / "b")[1] == []
+    assert (tmp_path / "a/log/metrics.csv").read_text().splitlines()[-1].startswith("5,,")  # the last evaluation
+
+
+def test_newest_of_the_same_configuration(command: Command) -> None:
+    """Neither a finished run, nor one with another seed, nor an older one."""
+    runs = Path("outputs/toco_shapes")
+    fixed = [o for o in ARGUMENTS if "run.dir" not in o]
+    interrupted(*fixed, f"hydra.run.dir={runs / 'old'}", step=3)
+    interrupted(*fixed, f"hydra.run.dir={runs / 'new'}", step=3)
+    os.utime(runs / "old/run.json", (1, 1))
+    interrupted(*fixed, "seed=5", f"hydra.run.dir={runs / 'other'}", step=3)
+    ended = command("train", *fixed, "resume=auto")
+    assert ended.code == 0
+    assert f"going on with {runs.absolute() / 'new'}" in ended.out
+    assert sorted(p.name for p in runs.iterdir()) == ["new", "old", "other"]
+    assert (runs / "new/metrics.json").exists()
+    assert f"going on with {runs.absolute() / 'old'}" in command("train", *fixed, "resume=auto").out
+    ended = command("train", *fixed, "resume=auto")
+    assert ended.code == 0
+    assert "no such run" in ended.out
+    assert len(list(runs.iterdir())) == 4
+
+
+def test_finished_run_is_reported(command: Command, trained: Path) -> None:
+    before = (trained / "metrics.json").read_text()
+    ended = command("train", *OVERRIDES, f"hydra.run.dir={trained}", "resume=auto")
+    assert ended.code == 0
+    assert "finished" in ended.out
+    assert f"val/map {json.loads(before)['val/map']}" in ended.out
+    assert (trained / "metrics.json").read_text() == before
+
+
+def test_other_configuration_is_refused(command: Command, trained: Path) -> None:
+    ended = command("train", *OVERRIDES, "seed=3", "method.lr=1.0", f"hydra.run.dir={trained}", "resume=auto")
+    assert ended.code == 2
+    assert "another configuration" in ended.err
+    assert "seed" in ended.err
+    assert "method.lr" in ended.err
+
+
+def test_wrong_value_and_used_directory(command: Command, trained: Path) -> None:
+    assert "expected auto or null" in command("train", *OVERRIDES, "resume=yes").err
+    assert "add resume=auto" in command("train", *OVERRIDES, f"hydra.run.dir={trained}").err
+
+
+def test_run_in_progress_is_left_alone(command: Command, tmp_path: Path) -> None:
+    busy = tmp_path / "busy"
+    interrupted(*ARGUMENTS, f"hydra.run.dir={busy}", step=3)
+    from wsss.train import LOCKS
+
+    os.close(LOCKS.pop(busy))  # that of the interrupted run, which was this process
+    descriptor = os.open(busy, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    ended = command("train", *ARGUMENTS, f"hydra.run.dir={busy}", "resume=auto")
+    os.close(descriptor)
+    assert ended.code == 2
+    assert "in use by another process" in ended.err
+
+
+def test_sweep_goes_on(command: Command, tmp_path: Path) -> None:
+    sweep = ["-m", *ARGUMENTS, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}", "resume=auto"]
+    assert command("train", *sweep).code == 0
+    (tmp_path / "sweep/1/metrics.json").unlink()
+    before = (tmp_path / "sweep/0/metrics.json").stat().st_mtime_ns
+    assert command("train", *sweep).code == 0
+    assert (tmp_path / "sweep/1/metrics.json").exists()
+    assert (tmp_path / "sweep/0/metrics.json").stat().st_mtime_ns == before
+
+
+def test_log_keeps_its_first_rows(tmp_path: Path) -> None:
+    log = CSVLog(str(tmp_path))
+    log.log_metrics({"a": 0.5}, step=1)
+    log.log_metrics({"a": 1 / 3, "b": float("nan")}, step=2)
+    whole = log.path.read_text()
+    log.log_metrics({"c": 2.0}, step=3)
+    with log.path.open("a") as file:
+        file.write("4,0.1")  # torn by a kill
+    again = CSVLog(str(tmp_path))
+    again.keep(2)
+    assert log.path.read_text() == whole
+    again.log_metrics({"c": 2.0}, step=3)
+    assert log.path.read_text().splitlines() == ["step,a,b,c", "1,0.5,,", f"2,{1 / 3},nan,", "3,,,2.0"]
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does; nothing half-written stays, and the run can go on."""
+    arguments = [*ARGUMENTS, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto"]
+    script = (
+        f"import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from tiny import call\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"  # less than a checkpoint
+        f"sys.exit(call('train', *{arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert call("train", *arguments) == 0
