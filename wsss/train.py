@@ -291,7 +291,8 @@ def quieten() -> None:
         ".*does not have many workers",
         ".*is deprecated, use `isinstance",
         "You have overridden `on_before_batch_transfer`",
-        "Found .* module\\(s\\) in eval mode",  # a support network is meant to be
+        "Found .* in eval mode at the start of training",  # a support network is meant to be
+        "It is recommended to use .*sync_dist=True",  # torchmetrics has gathered the values already
         "Checkpoint directory .* exists and is not empty",  # a run that goes on
     ):
         warnings.filterwarnings("ignore", message)
