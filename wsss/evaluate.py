@@ -113,6 +113,8 @@ def load_method(cfg: DictConfig, classes: tuple[str, ...] | None = None) -> "WSS
     load_weights(method, checkpoint, cfg.checkpoint)
     method.mean, method.std = (tuple(origin.get(key, getattr(method, key))) for key in ("mean", "std"))
     method.protocol = build_protocol(cfg)
+    if not origin.get("has_background", True):
+        method.without_background()
     return method
 
 

@@ -55,7 +55,7 @@ class Protocol:
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
         cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, {self.image_labels} image labels, no CRF"
         best = f"{cam}, best threshold of 0 to 0.99, chosen with these masks"
-        cam += f", threshold {background_threshold:g}"
+        cam += f", threshold {background_threshold:g}" if background_threshold >= 0 else ", no background"
         seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({self.fusion})"
         seg += "" if self.flip == "none" else f" with flip ({self.flip})"
         crf = "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
@@ -121,7 +121,8 @@ class CamIoU(Metric):
     """Mean IoU of CAMs at a fixed background threshold, and of the whole sweep 0, 0.01, ..., 0.99, in one pass.
 
     Pixels take the class with the largest value among the image's labels, or background where that is not above the
-    threshold. Only a histogram is kept, so memory does not grow with the images.
+    threshold; one below 0 means that there is no background. Only a histogram is kept, so memory does not grow with
+    the images.
     """
 
     full_state_update = False
@@ -139,7 +140,7 @@ class CamIoU(Metric):
 
     def update(self, cam: Tensor, label: Tensor, target: Tensor) -> None:
         """cam: (B, C, H, W) in [0, 1]; label: (B, C) 0 or 1, the classes that may appear; target: (B, H, W) ids."""
-        value, index = (cam.float() * label[:, :, None, None]).max(dim=1)
+        value, index = cam.float().masked_fill(label[:, :, None, None] == 0, -torch.inf).max(dim=1)
         counted = target != self.ignore_index
         below = torch.bucketize(value[counted], self.thresholds)
         place = (below * self.num_ids + target[counted]) * self.num_ids + index[counted] + 1

@@ -59,6 +59,8 @@ def train(cfg: DictConfig) -> float | None:
     data = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
     method.protocol = build_protocol(cfg)
+    if not data.has_background:
+        method.without_background()
     figures_known = [f"val/{key}" for key in method.metrics]
     if cfg.monitor not in figures_known:
         raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}: {', '.join(figures_known)}")

@@ -160,3 +160,26 @@ def test_crops_have_to_fit(batch: dict[str, Any]) -> None:
 def test_default_losses_are_registered() -> None:
     assert set(build().losses) == set(KEYS)
     assert set(KEYS) <= LOSSES.keys()
+
+
+def test_classes_that_tile_the_image(batch: dict[str, Any]) -> None:
+    """Without a background no pixel of CAM, pseudo label or prediction is 0, and what looks like it is undecided."""
+    method = build(low_threshold=0.3, high_threshold=0.6)
+    image, label = batch["image"], batch["label"]
+    cam = torch.rand(2, 3, 32, 32)
+    with_background = method.pseudo_label(image, cam * label[..., None, None], label)
+    assert (with_background == 0).any()
+    method.without_background()
+    without = method.pseudo_label(image, cam * label[..., None, None], label)
+    assert torch.equal(without, with_background.masked_fill(with_background == 0, 255))
+    assert not (method.token_label(cam, label, batch["image_box"]) == 0).any()
+    output = method.infer(image)
+    assert method.segment(image, (32, 32), output["seg"]).argmax(1).min() == 1
+    mask = torch.ones(2, 32, 32, dtype=torch.long)
+    method.validation_step({"image": image, "label": label, "mask": mask}, 0)
+    counts = method.metrics["cam_miou"].confusion()[0]  # threshold -1
+    assert counts[:, 0].sum() == 0
+    present = method.metrics["cam_miou"].counts.sum((0, 1))
+    assert present.sum() == mask.numel()
+    assert "no background" in method.describe("val")["val/cam_miou"]
+    assert torch.isfinite(method.training_step(batch, 0)["loss"])

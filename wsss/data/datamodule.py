@@ -125,6 +125,7 @@ class DataModule(pl.LightningDataModule):
             raise InputError("a DataModule needs a data set to train on or one to evaluate on")
         self.classes = first.classes
         self.num_classes = len(self.classes)
+        self.has_background: bool = getattr(first, "has_background", True)  # only own photographs may have none
         self.mean: Sequence[float] = (0.485, 0.456, 0.406)
         self.std: Sequence[float] = (0.229, 0.224, 0.225)
 

@@ -32,6 +32,7 @@ class WSSSModule(pl.LightningModule):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     cam_names: tuple[str, ...] = ("cam",)
+    has_background: bool = True
 
     def __init__(
         self,
@@ -65,6 +66,11 @@ class WSSSModule(pl.LightningModule):
         if not self.losses:
             raise InputError("losses: every term is null, so there is nothing to learn")
         self.metrics: Any = evaluation(num_classes, self.cam_names, background_threshold)
+
+    def without_background(self) -> None:
+        """For data whose classes tile the image: no pixel of a CAM, a pseudo label or a prediction is background."""
+        self.has_background, self.background_threshold = False, -1.0
+        self.metrics = evaluation(self.num_classes, self.cam_names, self.background_threshold)
 
     def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
         """Weighted sum of the loss terms, shown with its parts; what `training_step` returns and RunLog logs."""
@@ -110,7 +116,7 @@ class WSSSModule(pl.LightningModule):
             scores = multiscale_seg(lambda x: self(x)["seg"], sized, size, *how)
         if protocol.crf is not None:
             scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
-        return scores
+        return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
 
     def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
@@ -140,4 +146,5 @@ class WSSSModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
+        images["has_background"] = self.has_background
         checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin

@@ -189,7 +189,7 @@ class RCMMAM(WSSSModule):
 
     def region(self, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids of the strongest class where its normalised CAM exceeds the threshold, else background."""
-        return cam_to_label(by_max(cam), label, self.region_threshold)
+        return cam_to_label(by_max(cam), label, self.region_threshold if self.has_background else -1.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

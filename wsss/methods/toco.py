@@ -234,7 +234,11 @@ class ToCo(WSSSModule):
         stride = 1 if self.released_behaviour else self.encoder.patch_size
         thresholds = (self.low_threshold, self.high_threshold)
         valid = box_mask(box, size, stride)
-        return cam_to_label(resize(aux_cam, size), label, self.background_threshold, thresholds, valid)
+        return self.decided(cam_to_label(resize(aux_cam, size), label, self.background_threshold, thresholds, valid))
+
+    def decided(self, pseudo: Tensor) -> Tensor:
+        """Ids of a pseudo label; where there is no background, what looks like it is undecided (255)."""
+        return pseudo if self.has_background else pseudo.masked_fill(pseudo == 0, 255)
 
     def cut_local_crops(self, source: Tensor, aux_cam: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Crops (K, B, 3, s, s), and (B, 2 + K) which of the two global views and the crops are positives."""
@@ -266,7 +270,7 @@ class ToCo(WSSSModule):
             box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(len(image), -1)
         colours = self.colours(image)
         colours = colours.to(torch.uint8).float() if self.released_behaviour else colours.clamp(0, 255)
-        return refine_cam(
+        pseudo = refine_cam(
             self.par,
             colours / 255,
             cam,
@@ -276,6 +280,7 @@ class ToCo(WSSSModule):
             max_labels or self.num_classes,
             self.par_scale,
         )
+        return self.decided(pseudo)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = [self.classifier, self.aux_classifier, self.projector, self.decoder]

@@ -156,7 +156,7 @@ def cam_to_label(
     Args:
         cam: (B, C, H, W) in [0, 1].
         label: (B, C) 0 or 1. An image without labels is background everywhere.
-        background_threshold: values up to it are background.
+        background_threshold: values up to it are background; below 0 only images without labels have any.
         thresholds: (low, high): then values up to `low` are background and those up to `high` are ignored,
             so that `background_threshold` has no effect.
         valid: (B, H, W) bool; everything else is ignored.
@@ -164,7 +164,7 @@ def cam_to_label(
     Returns:
         (B, H, W) long.
     """
-    value, index = (cam * label[:, :, None, None]).max(dim=1)
+    value, index = cam.masked_fill(label[:, :, None, None] == 0, -torch.inf).max(dim=1)
     result = torch.where(value <= background_threshold, 0, index + 1)
     if thresholds is not None:
         low, high = thresholds
