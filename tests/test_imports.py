@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-COMMANDS = {"train", "evaluate", "predict"}
+COMMANDS = {"train", "evaluate", "predict", "prepare"}
 LAYERS = {
     **{
         command: {"config", "methods", "data", "refine", "metrics", "checkpoints", "callbacks", "report", *COMMANDS}

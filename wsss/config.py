@@ -38,8 +38,10 @@ PATH_KEYS = {
     "masks",
     "out",
     "root",
+    "sbd_url",
     "train",
     "val",
+    "voc_url",
     "weights",
 }
 """Last parts of the keys whose values are paths or names and reach Hydra quoted."""
@@ -78,7 +80,7 @@ def run_command(
     task: Callable[[DictConfig], Any],
     prepare: Callable[[list[str]], list[str]] = lambda overrides: overrides,
 ) -> None:
-    """Run `task` under Hydra with conf/<name>.yaml and this process's command line.
+    """Run `task` under Hydra with conf/<last word of name>.yaml and this process's command line.
 
     `prepare` may replace the overrides once they are arranged. Exit codes: 0, 1 a failed run, 2 a user's mistake.
     """
@@ -91,7 +93,7 @@ def run_command(
         if not {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
     except (InputError, HydraException, OmegaConfBaseException) as error:
         failures.append(_say(name, explain(error, name, arguments), 2))
     except BrokenPipeError:  # the reader of our output has closed it, `wsss-train --help | head`
@@ -329,9 +331,9 @@ def _siblings(key: str, name: str, arguments: list[str]) -> str:
     chosen = [a for a in arguments if (m := re.fullmatch(r"(\w+)=[\w/]+", a)) and m[1] in groups and m[1] != key]
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
-            node: Any = hydra.compose(name, overrides=[*chosen, *([search] if directories else [])])
+            node: Any = hydra.compose(name.split()[-1], overrides=[*chosen, *([search] if directories else [])])
         except (HydraException, OmegaConfBaseException):
-            node = hydra.compose(name)
+            node = hydra.compose(name.split()[-1])
     path: list[str] = []
     for part in key.split(".")[:-1]:
         if not isinstance(node, DictConfig) or part not in node:

@@ -20,12 +20,16 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
     from wsss.data.datamodule import DataModule
     from wsss.report import print_figures, write_json
-    from wsss.train import build_trainer, provenance, quieten
+    from wsss.train import build_trainer, open_set, provenance, quieten, write_skipped
 
     quieten()
     run = HydraConfig.get()
     out = Path(run.runtime.output_dir)
-    val = build(cfg.dataset, "dataset", split="val")
+    val, skipped = open_set(cfg, "val")
+    if val is None:
+        raise InputError("the data set names no images to evaluate on: add dataset.val=all, a list or a fraction")
+    if skipped:
+        write_skipped(out, skipped)
     data = call(DataModule, plain(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, data.classes)
     trainer = build_trainer(plain(cfg.trainer, "trainer"), logger=False)

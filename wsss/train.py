@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def train(cfg: DictConfig) -> float | None:
         return figures.get(cfg.monitor)
     last = out / "checkpoints" / "last.ckpt"
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = build_data(cfg)
+    data, skipped = build_data(cfg)
     method = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
     method.protocol = build_protocol(cfg)
     if not data.has_background:
@@ -103,6 +104,8 @@ def train(cfg: DictConfig) -> float | None:
         if not (out / "run.json").exists():
             (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
             write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
+        if skipped:
+            write_skipped(out, skipped)
         parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
         print(
             f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
@@ -255,15 +258,40 @@ def build_trainer(settings: dict[str, Any], **extra: Any) -> "pl.Trainer":
         raise InputError(f"trainer ({given}): {' '.join(str(error).split())}") from error
 
 
-def build_data(cfg: DictConfig) -> "DataModule":
-    """The data module of a composed configuration."""
+def build_data(cfg: DictConfig) -> tuple["DataModule", list[str]]:
+    """The data module of a composed configuration, and a sentence for each image that it leaves out."""
     from wsss.data.datamodule import DataModule
 
     transform = build(cfg.transform, "transform") if cfg.transform else None
-    train_set, val_set = (build(cfg.dataset, "dataset", split=split) for split in ("train", "val"))
-    return call(
-        DataModule, plain(cfg.data, "data"), "data", train=train_set, val=val_set, transform=transform, seed=cfg.seed
-    )
+    (train_set, bad), (val_set, more) = (open_set(cfg, split) for split in ("train", "val"))
+    if val_set is None:
+        print(f"{HydraConfig.get().runtime.choices['dataset']} names no images to evaluate on: evaluation is left out")
+    values = plain(cfg.data, "data")
+    data = call(DataModule, values, "data", train=train_set, val=val_set, transform=transform, seed=cfg.seed)
+    return data, [*bad, *more]
+
+
+def open_set(cfg: DictConfig, split: str) -> tuple[Any, list[str]]:
+    """A data set, None where it holds nothing; with `on_bad_image=skip` without the images that cannot be used."""
+    from wsss.data.datamodule import Part
+    from wsss.prepare import look
+
+    if cfg.on_bad_image not in ("error", "skip"):
+        raise InputError(f"on_bad_image is {cfg.on_bad_image!r}: expected error or skip")
+    images = build(cfg.dataset, "dataset", split=split)
+    bad: list[str] = []
+    if cfg.on_bad_image == "skip":
+        seen, bad = look(images, split, cfg.data.num_workers)
+        if bad and not seen:
+            raise InputError(f"none of the {len(bad)} images of {split} can be used: {bad[0]}")
+        images = Part(images, list(seen)) if bad else images
+    return (images if len(images) else None), bad
+
+
+def write_skipped(out: Path, skipped: Sequence[str]) -> None:
+    """Say how many images are left out, and list them in skipped.txt."""
+    (out / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in skipped))
+    print(f"{len(skipped)} images cannot be used and are left out, see {out / 'skipped.txt'}: {skipped[0]}")
 
 
 def provenance(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from PIL import Image
 import wsss.data.files
 import wsss.data.voc
 from wsss import InputError
-from wsss.data.voc import VOC, VOC_CLASSES
+from wsss.data.files import load_label_dict
+from wsss.data.voc import VOC, VOC_CLASSES, read_annotation
 
 DATA = os.environ.get("WSSS_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="set WSSS_TEST_DATA to the folder of real data")
@@ -41,7 +42,7 @@ def refused(*words: str, **arguments: Any) -> None:
 
 
 def test_training_items_have_no_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsss.data.voc, "read_mask", None)
+    monkeypatch.setattr(wsss.data.voc, "read_truth", None)
     data = VOC(str(root))
     assert data.classes == ("cat", "hot dog")
     assert data.ids == list(IDS[:2])
@@ -173,3 +174,156 @@ def test_train_takes_the_place_of_train_aug(root: Path) -> None:
     assert VOC(str(root)).ids == [IDS[0]]
     (lists / "train.txt").unlink()
     refused("train.txt", "val", root=str(root))
+
+
+def test_labels_with_numbers_as_keys(root: Path) -> None:
+    labels = VOC(str(root)).labels
+    path = root / "cls_labels_onehot.npy"
+    numbers = {np.int32(key.replace("_", "")): vector for key, vector in load_label_dict(path).items()}
+    np.save(path, numbers)
+    assert np.array_equal(VOC(str(root)).labels, labels)
+
+
+# XML
+
+
+def annotate(root: Path, name: str, objects: str, folder: str = "Annotations") -> Path:
+    (root / folder).mkdir(exist_ok=True)
+    path = root / folder / f"{name}.xml"
+    path.write_text(f"<annotation>\n<filename>{name}.jpg</filename>{objects}</annotation>\n")
+    return path
+
+
+def thing(name: str, inner: str = "") -> str:
+    return f"<object>\n\t<name>{name}</name>{inner}<bndbox><xmin>1</xmin></bndbox></object>"
+
+
+def test_objects_of_an_annotation(tmp_path: Path) -> None:
+    part = "<difficult>1</difficult><part><name>head</name></part>"
+    path = annotate(tmp_path, "a", thing("person", part) + thing(" hot dog\n") + thing("person"))
+    assert read_annotation(path) == ("person", "hot dog")
+    assert read_annotation(annotate(tmp_path, "a", "")) == ()
+    path.write_bytes('<?xml version="1.0" encoding="latin1"?>\n<annotation/>'.encode("latin1"))
+    assert read_annotation(str(path)) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "no element found"),
+        ("aeroplane", "syntax error"),
+        ("<annotation><object>", "no element found"),
+        ("<annotation></annotation><annotation/>", "junk"),
+        ("<html><object><name>cat</name></object></html>", "<html>"),
+        ("<annotation><object><nome>cat</nome></object></annotation>", "without a name"),
+        ("<annotation><object><name> </name></object></annotation>", "without a name"),
+        ("<annotation><object><name>&cat;</name></object></annotation>", "undefined entity"),
+        ("<!DOCTYPE annotation><annotation/>", "document type"),
+        ('<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z "&x;&x;">]><annotation>&z;</annotation>', "document type"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/hostname"><annotation/>', "document type"),
+        ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation>&x;</annotation>', "document type"),
+    ],
+)
+def test_other_xml_is_refused(tmp_path: Path, content: str, word: str) -> None:
+    path = tmp_path / "a.xml"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_annotation(path)
+    assert all(part in str(caught.value) for part in (str(path), word))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_annotation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_annotation(tmp_path / "a.xml")
+
+
+def test_labels_from_annotations(root: Path) -> None:
+    for name, objects in zip(IDS, (thing("hot dog"), thing("cat") * 2 + thing("hot dog"), thing("cat")), strict=True):
+        annotate(root, name, objects)
+        annotate(root, name, thing("cat"), "boxes")
+    annotate(root, "not listed", thing("unicorn"))
+    assert VOC(str(root)).labels.tolist() == [[1, 0], [1, 1]]  # the .npy comes first
+    assert VOC(str(root), labels="Annotations").labels.tolist() == [[0, 1], [1, 1]]
+    assert VOC(str(root), labels=str(root / "boxes")).labels.tolist() == [[1, 0], [1, 0]]
+    (root / "cls_labels_onehot.npy").unlink()
+    data = VOC(str(root))
+    assert data.labels.dtype == np.float32
+    assert data.labels.tolist() == [[0, 1], [1, 1]]
+    assert VOC(str(root), "val").labels.tolist() == [[1, 0]]
+    annotate(root, IDS[0], "")
+    assert VOC(str(root)).labels.tolist() == [[0, 0], [1, 1]]
+
+
+def test_annotations_that_do_not_fit(root: Path) -> None:
+    good = {"root": str(root), "labels": "Annotations"}
+    annotate(root, IDS[0], thing("cat"))
+    refused("1 of 2", IDS[1], "label in", "Annotations", **good)
+    path = annotate(root, IDS[1], thing("cat") + thing("Dog"))
+    refused(str(path), "'Dog'", "cat, hot dog", **good)
+    path.write_text("<annotation>")
+    refused(str(path), "XML", **good)
+    refused("no folder", "nowhere", **(good | {"root": str(root / "nowhere")}))
+
+
+# The test list
+
+
+def test_test_images_have_no_masks(root: Path) -> None:
+    (root / "ImageSets/Segmentation/val.txt").rename(root / "ImageSets/Segmentation/test.txt")
+    (root / "SegmentationClassAug" / f"{IDS[2]}.png").unlink()
+    data = VOC(str(root), "val", val="test")
+    assert data.masks is None
+    assert set(data[0]) == {"image", "label", "id"}
+    elsewhere = root / "test.txt"
+    elsewhere.write_text(IDS[2])
+    assert VOC(str(root), "val", val=str(elsewhere)).masks is None
+    assert VOC(str(root), "val", val="test", masks="SegmentationClassAug").masks is None
+    refused("nowhere", root=str(root), split="val", val="test", masks="nowhere")
+    elsewhere.write_text("\n".join(IDS))
+    refused("1 of 3", IDS[2], "mask", root=str(root), split="val", val="test.txt")  # some have one
+    elsewhere.rename(root / "val2.txt")
+    (root / "val2.txt").write_text(IDS[2])
+    refused("1 of 1", "mask", root=str(root), split="val", val="val2.txt")  # not named test
+    (root / "SegmentationClassAug").rename(root / "masks")
+    assert VOC(str(root), "val", val="test").masks is None
+    (root / "masks" / f"{IDS[0]}.png").rename(root / "masks" / f"{IDS[2]}.png")
+    assert VOC(str(root), "val", val="test", masks="masks")[0]["mask"].shape == (4, 5)
+
+
+def test_test_images_have_no_labels(root: Path) -> None:
+    lists = root / "ImageSets/Segmentation"
+    (lists / "test.txt").write_text("\n".join(IDS[1:]))
+    np.save(root / "cls_labels_onehot.npy", {IDS[0]: np.ones(2, np.float32)})
+    words = ("none of the 2 images", "test.txt", "no public labels", "wsss-predict")
+    refused(*words, root=str(root), split="val", val="test")
+    (root / "Annotations").mkdir()
+    refused(*words, root=str(root), split="val", val="test", labels="Annotations")
+    refused("2 of 2", "label", root=str(root), train="test")  # to train on it is another matter
+    np.save(root / "cls_labels_onehot.npy", {IDS[1]: np.ones(2, np.float32)})
+    refused("1 of 2", IDS[2], "label", root=str(root), split="val", val="test")
+
+
+@real
+@pytest.mark.parametrize("source", ["root's own", "the field's", "numbers as keys"])
+@pytest.mark.parametrize(
+    ("name", "train", "counts"),
+    [("voc12_mix", "train", (84, 15)), ("voc12_mix", "all", (99, 15)), ("voc12_animals_256", None, (3131, 445))],
+)
+def test_real_data_with_every_source_of_labels(
+    tmp_path: Path, name: str, train: str | None, counts: tuple[int, int], source: str
+) -> None:
+    root, labels = str(Path(str(DATA), name)), None
+    if source != "root's own":
+        labels = str(Path(str(DATA), "lists/voc12/cls_labels.npy"))
+    if source == "numbers as keys":
+        numbers = {np.int32(key.replace("_", "")): vector for key, vector in load_label_dict(str(labels)).items()}
+        labels = str(tmp_path / "labels.npy")
+        np.save(labels, numbers)
+    for split, count in zip(("train", "val"), counts, strict=True):
+        data, own = (VOC(root, split, train=train, labels=given) for given in (labels, None))
+        assert len(data) == count
+        assert np.array_equal(data.labels, own.labels)
+        assert data.labels.any(1).all()
+        for index in range(0, count, max(count // 20, 1)):
+            assert ("mask" in data[index]) == (split == "val")

@@ -1,14 +1,14 @@
 """One DataModule for every data set."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
 
 from wsss import InputError
 from wsss.data.transforms import FlipCrop, Views
@@ -22,6 +22,39 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Part(Subset[dict[str, Any]]):
+    """Some items of a data set, by index."""
+
+    def __init__(self, source: Images, indices: Sequence[int]) -> None:
+        super().__init__(cast(Dataset[dict[str, Any]], source), indices)
+        self.classes = source.classes
+        self.has_background: bool = getattr(source, "has_background", True)
+
+
+class _Looks(Dataset[dict[str, Any] | str]):
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        try:
+            item = self.images[index]
+        except InputError as error:
+            return str(error)
+        return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"]}
+
+
+def look_through(images: Images, num_workers: int) -> Iterable[dict[str, Any] | str]:
+    """Opens every item in order: its `id`, `size` (H, W) and `label`, or the sentence that says why it cannot be."""
+    return DataLoader(_Looks(images), batch_size=None, num_workers=num_workers, collate_fn=_as_is)
+
+
+def _as_is(item: Any) -> Any:
+    return item  # the default would make tensors of numbers
 
 
 class EndlessSampler(Sampler[tuple[int, int]]):

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @contextmanager
-def _reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
+def reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
     """Parsers of foreign bytes raise nearly everything (struct.error, SyntaxError, MemoryError, ...)."""
     try:
         with warnings.catch_warnings():
@@ -47,7 +47,7 @@ def read_image(path: PathLike) -> np.ndarray:
     as 16-bit) the high byte is kept; floats are taken as 0..1, or as 0..255 if any is above 1.
     """
     advice = "replace it, or take it out of the list"
-    with _reading(path, "an image", advice), Image.open(path) as opened:
+    with reading(path, "an image", advice), Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
@@ -66,7 +66,7 @@ def read_image(path: PathLike) -> np.ndarray:
 
 def read_mask(path: PathLike) -> np.ndarray:
     """Reads class ids, uint8 (H, W), from a palette or grey image of 1, 8 or 16 bits; colours are refused."""
-    with _reading(path, "a mask", "replace it, or take it out of the list"), Image.open(path) as image:
+    with reading(path, "a mask", "replace it, or take it out of the list"), Image.open(path) as image:
         if image.format == "JPEG" or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
             found = f"a {image.format} of mode {image.mode}, expected a palette or grey PNG of class ids"
             raise InputError(f"{path} is {found}: map its colours to {MASK_IDS} and save those.")
@@ -77,9 +77,22 @@ def read_mask(path: PathLike) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
+def read_truth(path: PathLike, image: np.ndarray, num_classes: int) -> np.ndarray:
+    """Reads the mask of an image, uint8 (H, W); ids above `num_classes` but 255 and another size are refused."""
+    mask = read_mask(path)
+    if mask.shape != image.shape[:2]:
+        sizes = f"height and width {mask.shape}, its upright image {image.shape[:2]}"
+        raise InputError(f"{path} has {sizes}, expected one size: make the mask again.")
+    unknown = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)[num_classes + 1 : 255]) + num_classes + 1
+    if unknown.size:
+        found = f"the ids {unknown.tolist()}, expected 0 to {num_classes} or 255 (ignore)"
+        raise InputError(f"{path} holds {found}: correct the mask or give all class names.")
+    return mask
+
+
 def read_lines(path: PathLike) -> list[str]:
     """Reads the lines of a UTF-8 text that are not blank, stripped."""
-    with _reading(path, "text", "give an existing file in UTF-8"), open(path, encoding="utf-8-sig") as file:
+    with reading(path, "text", "give an existing file in UTF-8"), open(path, encoding="utf-8-sig") as file:
         return [line.strip() for line in file if line.strip()]
 
 
@@ -179,7 +192,7 @@ def load_label_dict(path: PathLike) -> dict[str, np.ndarray]:
     or VOC numbers (2007000032 becomes 2007_000032).
     """
     advice = "save a dict of id -> vector of zeros and ones with np.save"
-    with _reading(path, "image-level labels", advice), open(path, "rb") as file:
+    with reading(path, "image-level labels", advice), open(path, "rb") as file:
         read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
         shape, _, dtype = read_header[npy.read_magic(file)[0]](file)
         if shape != () or not dtype.hasobject:
@@ -202,3 +215,54 @@ def load_label_dict(path: PathLike) -> dict[str, np.ndarray]:
             length = len(vector)
             labels[name] = np.array(vector, np.float32)
         return labels
+
+
+def files_by_stem(folder: Path, suffixes: tuple[str, ...], layout: str) -> dict[str, Path]:
+    """Files of a folder by stem, from one listing; of a.png and a.jpg a.jpg is taken."""
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}: give a root that holds {layout}.")
+    names = sorted(map(Path, os.listdir(folder)), reverse=True)
+    return {name.stem: folder / name for name in names if name.suffix.lower() in suffixes}
+
+
+def find_given(root: Path, given: str) -> Path:
+    """A path that the user gave: in root where it exists there, else as it stands."""
+    path = Path(given).expanduser()
+    return root / path if (root / path).exists() else path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError for what the system refuses, a full disk for instance."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or error
+        raise InputError(f"{path} cannot be written ({found}): make room or choose another folder.") from error
+
+
+def write_whole(path: Path, data: bytes, mark: str = "tmp") -> None:
+    """Writes under a temporary name, which `mark` makes, then renames: the file is whole or as before."""
+    temporary = path.with_name(f".{path.name}.{mark}")
+    with writing(path):
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Writes ids, uint8 (H, W), as a PNG with VOC's palette."""
+    picture, data = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette(palette())
+    picture.save(data, "png")
+    write_whole(path, data.getvalue())
+
+
+def palette() -> bytes:
+    """VOC's 256 colours, RGB: the bits of an id spread over the channels."""
+    bits = np.arange(8)[:, None]
+    shifts = 3 * bits + np.arange(3)  # (8, 3)
+    return (((np.arange(256)[:, None, None] >> shifts & 1) << (7 - bits)).sum(1)).astype(np.uint8).tobytes()

@@ -1,21 +1,30 @@
-"""Folders of photographs."""
+"""Folders of photographs: any for prediction, and one's own with image-level labels as a data set."""
 
-from collections.abc import Sequence
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 from torch.utils.data import Dataset
 
 from wsss import InputError
-from wsss.data.datamodule import Normalise
-from wsss.data.files import read_image
+from wsss.data.files import find_given, read_image, read_lines, read_truth
+from wsss.data.labels import Labels, clean_path, few, folder_labels, read_labels
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Photographs(Dataset[tuple[Any, Any]]):
     """Images as read (H, W, 3) and normalised (3, H, W); for one that cannot be read, the reason in their place."""
 
     def __init__(self, paths: list[Path], mean: Sequence[float], std: Sequence[float]) -> None:
+        from wsss.data.datamodule import Normalise  # Lightning's slow import is not for those who only look for files
+
         self.paths, self.normalise = paths, Normalise(mean, std)
 
     def __len__(self) -> int:
@@ -29,14 +38,331 @@ class Photographs(Dataset[tuple[Any, Any]]):
         return image, self.normalise(image)
 
 
-def find_images(folder: Path) -> dict[Path, Path]:
-    """Relative path -> path of every image below a folder, in order."""
+def find_images(folder: Path, key: str = "images", leave_out: Path | None = None) -> dict[Path, Path]:
+    """Relative path -> path of every image below a folder, in order.
+
+    Hidden files and folders and the folder `leave_out` are not looked at; links to folders are followed, and no
+    folder is entered twice. `key` is what a message calls the folder.
+    """
     if not folder.is_dir():
-        raise InputError(f"images={folder} is not a folder: give the folder of your photographs")
-    suffixes = set(Image.registered_extensions())
-    found = {
-        p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()
-    }
+        raise InputError(f"{key}={folder} is not a folder: give the folder of your photographs")
+    entered = {_identity(leave_out)} if leave_out is not None else set()
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_closed):
+        if _identity(place) in entered:
+            folders.clear()
+            continue
+        entered.add(_identity(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in files if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not found:
-        raise InputError(f"images={folder} holds no image: expected files such as .jpg, .png, .webp or .tif")
+        raise InputError(f"{key}={folder} holds no image: expected files that end in {', '.join(SUFFIXES)}")
+    return {path.relative_to(folder): path for path in sorted(found)}
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _closed(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be opened ({error.strerror}): let yourself read it.") from error
+
+
+def match(names: Iterable[str], images: Iterable[str], levels: int = 6) -> dict[str, str]:
+    """Finds images by name: name -> image, without the names that find none.
+
+    A name is compared by path, by file name, by both without suffix, and by the last two without the prefix of
+    Label Studio's uploads; `levels` says how many of these count. A comparison that several images or several
+    names share finds nothing, and an image found by a surer one is not found again.
+    """
+    by_key: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(levels)]
+    for image in images:
+        path, file, bare, stem = _keys(image)
+        for found_by, key in zip(by_key, (path, file, bare, stem, file, stem), strict=False):
+            found_by[key].append(image)
+    left: dict[str, list[str]] = {}
+    for name in names:
+        path, file, bare, stem = _keys(name)
+        left[name] = [path, file, bare, stem, *(_without_prefix(key) for key in (file, stem))]
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for level, found_by in enumerate(by_key):
+        asking: dict[str, list[str]] = defaultdict(list)
+        for name, keys in left.items():
+            asking[keys[level]].append(name)
+        for key, asked in asking.items():
+            candidates = found_by.get(key, [])
+            if len(asked) == 1 and len(candidates) == 1 and candidates[0] not in taken:
+                found[asked[0]] = candidates[0]
+                taken.add(candidates[0])
+                del left[asked[0]]
     return found
+
+
+def _without_prefix(name: str) -> str:
+    """A name as it was before Label Studio's upload put eight digits in front."""
+    return re.sub(r"\A[0-9a-f]{8}-", "", name)
+
+
+def _keys(name: str) -> tuple[str, str, str, str]:
+    """Path and file name, and both without the suffix of an image."""
+    path = clean_path(name)
+    stem, dot, suffix = path.rpartition(".")
+    bare = stem if dot + suffix.lower() in SUFFIXES else path
+    return path, path.rpartition("/")[2], bare, bare.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Images and labels of a folder side by side, before anything of them is refused. No image is opened.
+
+    Attributes:
+        root: the folder.
+        source: file or folder of the labels; root where the class folders are the labels.
+        classes: foreground class names.
+        images: id -> path of every image, in the order of the ids.
+        present: id -> indices of the classes, of every image with an entry; none of them: a negative.
+        split: id -> "train" or "val", where the labels say so.
+        missing: names of entries that find no image.
+    """
+
+    root: Path
+    source: Path
+    classes: tuple[str, ...]
+    images: Mapping[str, Path]
+    present: Mapping[str, tuple[int, ...]]
+    split: Mapping[str, str]
+    missing: tuple[str, ...]
+
+    @property
+    def unlabelled(self) -> tuple[str, ...]:
+        """The ids of images without an entry."""
+        return tuple(image_id for image_id in self.images if image_id not in self.present)
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """The ids of images whose entry names no class."""
+        return tuple(image_id for image_id, present in self.present.items() if not present)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Class name -> number of images that show the class."""
+        count = Counter(c for present in self.present.values() for c in present)
+        return {name: count[c] for c, name in enumerate(self.classes)}
+
+
+def survey(
+    root: str, labels: str | None = None, masks: str | None = None, classes: Sequence[str] | None = None
+) -> Survey:
+    """Finds images and labels; arguments as those of `Folder`.
+
+    Raises:
+        InputError: no image, no labels or labels that cannot be read; not that the two leave out one another.
+    """
+    place = Path(root).expanduser()
+    images = find_images(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
+    ids = _ids(place, [path.as_posix() for path in images])  # path -> id
+    said = _labels(place, labels, ids, classes)
+    found = match(said.entries, ids)
+    present = {ids[found[name]]: indices for name, indices in said.entries.items() if name in found}
+    order = sorted((image_id, path) for image_id, path in zip(ids.values(), images.values(), strict=True))
+    return Survey(
+        root=place,
+        source=said.path,
+        classes=said.classes,
+        images=dict(order),
+        present={image_id: present[image_id] for image_id, _ in order if image_id in present},
+        split={ids[found[name]]: split for name, split in said.split.items() if name in found},
+        missing=tuple(name for name in said.entries if name not in found),
+    )
+
+
+def _ids(root: Path, paths: Sequence[str]) -> dict[str, str]:
+    """Relative path -> id: without suffix, unless another image would have the same id."""
+    clean = {path: clean_path(path) for path in paths}
+    names = Counter(clean.values())
+    if twins := [name for name, times in names.items() if times > 1]:
+        raise InputError(f"{root} has {len(twins)} names twice in different Unicode forms ({few(twins)}): rename one.")
+    bare = {path: name.rpartition(".")[0] for path, name in clean.items()}
+    times = Counter(bare.values())
+    return {path: name if times[bare[path]] > 1 or bare[path] in names else bare[path] for path, name in clean.items()}
+
+
+def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequence[str] | None) -> Labels:
+    """The labels that the user named, else the only ones in root, else its class folders."""
+    if given is not None:
+        source = find_given(root, given)
+        folders = source.is_dir() and source.samefile(root) and not any(root.glob("*.xml"))
+        return folder_labels(root, paths, classes) if folders else read_labels(source, classes)
+    patterns = ("labels.csv", "[!.]*.json", "cls_labels*.npy", "Annotations")
+    found = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+    if len(found) > 1:
+        raise InputError(f"{root} holds several labels ({few([path.name for path in found])}): pass labels=<one>.")
+    return read_labels(found[0], classes) if found else folder_labels(root, paths, classes)
+
+
+def _masks_folder(root: Path, given: str) -> Path:
+    folder = find_given(root, given)
+    if not folder.is_dir() or folder.samefile(root):
+        raise InputError(f"masks={given} is not a folder of masks alone: give one in {root} or anywhere else.")
+    return folder
+
+
+class Folder(Dataset[dict[str, Any]]):
+    """One's own photographs with image-level labels; masks, if there are any, only outside of training.
+
+    An item is a dict: `image` uint8 (H, W, 3), `label` float32 (C,), `id` str, the path in root without suffix, and,
+    unless split is "train" or there are none, `mask` uint8 (H, W), 0 background, c+1 for class c, 255 ignore.
+    Raises InputError for whatever does not fit: labels, lists and the presence of every file are checked at once,
+    image and mask when opened.
+
+    Every image needs an entry of the labels and every entry an image, unless lists alone choose the images; see
+    `match` for how they find one another. An image is a negative only if its entry says so.
+
+    Args:
+        root: folder with images in any nesting.
+        split: "train" or "val"; the latter is empty where nothing says what to evaluate on.
+        labels: labels.csv, COCO or Label Studio JSON, a folder of VOC XML or a .npy, in root or anywhere; None takes
+            the only one in root, else the first folder below root is the class, as it is for labels=".".
+        train: .txt of the images to train on, one path or id a line; None takes all that val does not take.
+        val: .txt of the images to evaluate on, a fraction of those not in train, "all" for every image, or None for
+            no evaluation. With neither list a column `split` of labels.csv decides.
+        seed: of the fraction.
+        masks: folder of .png with the path or the file name of the image, in root or anywhere; None for none.
+        classes: foreground class names in the order wanted; None takes those of the labels.
+        has_background: False where the classes cover the whole image: then 0 in a mask is ignored.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        labels: str | None = None,
+        train: str | None = None,
+        val: str | float | None = None,
+        seed: int = 0,
+        masks: str | None = None,
+        classes: Sequence[str] | None = None,
+        has_background: bool = True,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+        found = survey(root, labels, masks, classes)
+        self.root, self.classes, self.has_background = found.root, found.classes, has_background
+        chosen, everything = choose(found, train, val, seed)
+        used = [*chosen["train"], *chosen["val"]]
+        _refuse_gaps(
+            found,
+            found.unlabelled if everything else [image_id for image_id in used if image_id not in found.present],
+            found.missing if everything else (),
+        )
+        self.ids = chosen[split]
+        if split == "train" and not self.ids:
+            raise InputError(f"{self.root} has no image left to train on: name a list as train or another val.")
+        self.images = [found.images[image_id] for image_id in self.ids]
+        self.labels = np.zeros((len(self.ids), len(self.classes)), np.float32)
+        for row, image_id in enumerate(self.ids):
+            self.labels[row, list(found.present[image_id])] = 1
+        self.masks: list[Path] | None = None
+        if split != "train" and masks is not None:
+            self.masks = self._find_masks(_masks_folder(self.root, masks), found.images)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = read_image(self.images[index])
+        item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
+        if self.masks is not None:
+            mask = read_truth(self.masks[index], image, len(self.classes))
+            item["mask"] = mask if self.has_background else np.where(mask == 0, 255, mask).astype(np.uint8)
+        return item
+
+    def _find_masks(self, folder: Path, ids: Iterable[str]) -> list[Path]:
+        files = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
+        pngs = {p.with_suffix("").as_posix(): path for p, path in files.items()}
+        masks = {image_id: pngs[name] for name, image_id in match(pngs, ids, levels=2).items()}
+        if missing := [image_id for image_id in self.ids if image_id not in masks]:
+            raise InputError(
+                f"{len(missing)} of {len(self.ids)} images to evaluate on have no mask in {folder} ({few(missing)}): "
+                "add PNGs of the same path or of a file name that one image alone has, or list fewer images as val."
+            )
+        return [masks[image_id] for image_id in self.ids]
+
+
+def choose(found: Survey, train: str | None, val: str | float | None, seed: int) -> tuple[dict[str, list[str]], bool]:
+    """The ids to train and to evaluate on, and whether they are chosen from all images rather than listed.
+
+    A fraction depends on the ids and the seed alone, not on the order in which the file system lists them.
+    """
+    ids = list(found.images)
+    if train is None and val is None and found.split:
+        return {name: [i for i in ids if found.split.get(i) == name] for name in ("train", "val")}, True
+    listed = None if train is None else _listed(found, train, "train")
+    taken = set(listed or ())
+    rest = [i for i in ids if i not in taken]
+    share = _fraction(val)
+    if isinstance(val, str) and val.endswith(".txt"):
+        chosen = _listed(found, val, "val")
+    elif share is None:
+        chosen = ids if val == "all" else []
+    else:
+        most = len(rest) - (listed is None)  # one stays to train on
+        if most < 1:
+            raise InputError(f"val={val} of {len(rest)} images is none: add images, or name lists as train and val.")
+        # hashes decide: the same in every version of numpy, and little changes when images are added
+        drawn = sorted(rest, key=lambda i: hashlib.sha256(f"{seed} {i}".encode("utf-8", "surrogatepass")).digest())
+        chosen = sorted(drawn[: min(max(round(share * len(rest)), 1), most)])
+    if listed is not None:
+        return {"train": listed, "val": chosen}, share is not None or val == "all"
+    taken = set(chosen)
+    return {"train": [i for i in ids if i not in taken], "val": chosen}, True
+
+
+def _fraction(val: str | float | None) -> float | None:
+    """The fraction that `val` is, in whatever form it arrives; None where it is not one."""
+    if val is None or val == "all" or (isinstance(val, str) and val.endswith(".txt")):
+        return None
+    try:
+        share = float(val)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InputError(f"val is {val!r}, expected a .txt list, a fraction between 0 and 1, all or null: give one.")
+    return share
+
+
+def _listed(found: Survey, given: str, key: str) -> list[str]:
+    """The ids of the images that a list names, in its order."""
+    path = find_given(found.root, given)
+    if path.suffix != ".txt":
+        raise InputError(f"{key} is {given!r}, expected a .txt list of images: give one, a line for each image.")
+    names = read_lines(path)
+    repeated, times = Counter(names).most_common(1)[0] if names else ("no image", 0)
+    if times != 1:
+        raise InputError(f"{path} lists {few([repeated])} {times} times, expected each once: correct the list.")
+    by_path = {path.relative_to(found.root).as_posix(): image_id for image_id, path in found.images.items()}
+    images = {name: by_path[image] for name, image in match(names, by_path).items()}
+    if missing := [name for name in names if name not in images]:
+        raise InputError(
+            f"{path} lists {len(missing)} of {len(names)} names that find no image in {found.root} ({few(missing)}): "
+            "correct them, or take them out of the list."
+        )
+    return [images[name] for name in names]
+
+
+def _refuse_gaps(found: Survey, unlabelled: Collection[str], missing: Collection[str]) -> None:
+    """Refuse images without an entry and entries without an image."""
+    gaps = []
+    if unlabelled:
+        gaps.append(f"{len(unlabelled)} of {len(found.images)} images have no entry ({few(unlabelled)})")
+    if missing:
+        gaps.append(f"{len(missing)} entries find no image ({few(missing)})")
+    if gaps:
+        raise InputError(
+            f"{found.source} and the images in {found.root} do not fit, {' and '.join(gaps)}: correct the labels (an "
+            "entry without a class is a negative; names match by path, or by a file name that one image alone has), "
+            "list the images as train and val, or name the folder of masks as masks."
+        )

@@ -1,0 +1,194 @@
+"""COCO 2014. Its masks are drawn by `build_masks` of wsss.data.instances, which stands here as well."""
+
+import re
+import reprlib
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from wsss import InputError
+from wsss.data.files import (
+    IMAGE_SUFFIXES,
+    files_by_stem,
+    find_given,
+    load_label_dict,
+    read_image,
+    read_lines,
+    read_list,
+    read_truth,
+    write_whole,
+)
+from wsss.data.instances import annotation_keys, read_elements, read_head
+
+T = TypeVar("T")
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+LAYOUT = (
+    "train2014, val2014, annotations/instances_{train,val}2014.json and, to evaluate, masks/{train,val}2014, "
+    "which wsss-data coco makes"
+)
+
+
+class COCO(Dataset[dict[str, Any]]):
+    """COCO 2014's photographs with image-level labels; masks only outside of training.
+
+    An item is a dict: `image` uint8 (H, W, 3), `label` float32 (80,), `id` str and, unless split is "train",
+    `mask` uint8 (H, W), 0 background, c+1 for class c, 255 ignore. An id's own prefix (COCO_train2014_, COCO_val2014_)
+    says which folder of images and masks it is in, whatever the split; an id without one is in the split's. Raises
+    InputError for whatever does not fit: list, labels and the presence of every file are checked at once, image and
+    mask when opened.
+
+    The field's lists (82,081 and 40,137 lines) leave out images without any object, the JSON (82,783 and 40,504) has
+    them; an image without labels that is listed is kept, as a negative.
+
+    Args:
+        root: folder with train2014, val2014, annotations and what the other arguments name.
+        split: "train" or "val": which of the two lists below is read.
+        train: list to train on, ids alone or the field's `id index index ...` with classes 0..79, in root or
+            anywhere; None takes every image of the split that `labels` has.
+        val: list to evaluate on, likewise.
+        labels: image-level labels: a `cls_labels*.npy`, a list with labels (.txt) or an instances JSON, in root or
+            anywhere; None takes the list's own, else root/annotations/instances_{train,val}2014.json. A JSON is
+            read once: its labels are kept beside it as <name>.labels.txt where that can be written.
+        masks: folder that holds train2014 and val2014, or the masks themselves, in root or anywhere; None takes
+            root/masks, which `build_masks` makes.
+    """
+
+    classes: tuple[str, ...] = COCO_CLASSES
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        train: str | None = None,
+        val: str | None = None,
+        labels: str | None = None,
+        masks: str | None = None,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+        self.root, self.folder = Path(root).expanduser(), f"{split}2014"
+        given = train if split == "train" else val
+        self.ids, self.labels = self._listed(given, labels)
+        self.images = self._pick(self.root, IMAGE_SUFFIXES, "image")
+        self.masks: list[Path] | None = None
+        if split != "train":
+            self.masks = self._pick(find_given(self.root, masks or "masks"), (".png",), "mask")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = read_image(self.images[index])
+        item: dict[str, Any] = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
+        if self.masks is not None:
+            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
+        return item
+
+    def _folder(self, image_id: str) -> str:
+        own = re.match(r"COCO_((train|val)2014)_", image_id)
+        return own[1] if own else self.folder
+
+    def _listed(self, given: str | None, labels: str | None) -> tuple[list[str], np.ndarray]:
+        """Ids and labels, float32 (N, 80), of the list and the labels that the user gave."""
+        ids, rows = _read_label_list(find_given(self.root, given)) if given else ([], np.zeros((0, len(self.classes))))
+        if labels is None and rows.any():
+            return ids, rows
+        folders = sorted({self._folder(image_id) for image_id in ids} or {self.folder})
+        annotations = self.root / "annotations"
+        sources = (
+            [find_given(self.root, labels)] if labels else [annotations / f"instances_{name}.json" for name in folders]
+        )
+        found: dict[str, np.ndarray] = {}
+        for source in sources:
+            if not source.is_file():
+                advice = "give it, or pass labels=<cls_labels*.npy or a list with labels>"
+                raise InputError(f"{source}, which holds the image-level labels, does not exist: {advice}.")
+            found |= _load_labels(source)
+        ids = ids or [image_id for image_id in found if self._folder(image_id) == self.folder]
+        if not ids:
+            raise InputError(f"{sources[0]} has no image of {self.folder}: name other labels, or give a list.")
+        return ids, np.stack(_pick(ids, found, f"label in {' or '.join(map(str, sources))}"))
+
+    def _pick(self, parent: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+        """The file of every id, from one listing of each folder."""
+        found: dict[str, Path] = {}
+        folders = {name: parent / name for name in sorted(set(map(self._folder, self.ids)))}
+        if what == "mask":
+            folders = {name: path if path.is_dir() else parent for name, path in folders.items()}
+        for folder in dict.fromkeys(folders.values()):
+            found |= files_by_stem(folder, suffixes, LAYOUT)
+        return _pick(self.ids, found, f"{what} in {' or '.join(map(str, dict.fromkeys(folders.values())))}")
+
+
+def _pick(ids: Sequence[str], found: Mapping[str, T], what: str) -> list[T]:
+    missing = [image_id for image_id in ids if image_id not in found]
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"{len(missing)} of {len(ids)} ids have no {what} ({first}): add them or shorten the list.")
+    return [found[image_id] for image_id in ids]
+
+
+def _read_label_list(path: Path) -> tuple[list[str], np.ndarray]:
+    """Reads the field's `id index index ...`: ids and float32 (N, 80); a line without indices has no object."""
+    ids = read_list(path)
+    rows = np.zeros((len(ids), len(COCO_CLASSES)), np.float32)
+    column = {str(index): index for index in range(len(COCO_CLASSES))}
+    for row, image_id, line in zip(rows, ids, read_lines(path), strict=True):
+        for word in line.split()[1:]:
+            if word not in column:
+                found = f"{path} gives {image_id} the class {reprlib.repr(word)}, expected 0 to {len(column) - 1}"
+                raise InputError(f"{found}: write an id and its class indices a line, or ids alone.")
+            row[column[word]] = 1
+    return ids, rows
+
+
+def _load_labels(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".json":
+        return _json_labels(path)
+    if path.suffix == ".txt":
+        return dict(zip(*_read_label_list(path), strict=True))
+    labels = load_label_dict(path)
+    length = len(next(iter(labels.values())))
+    if length != len(COCO_CLASSES):
+        raise InputError(f"{path} has vectors of {length} classes, expected {len(COCO_CLASSES)}: give COCO's labels.")
+    return labels
+
+
+def _json_labels(path: Path) -> dict[str, np.ndarray]:
+    """Labels of every image of an instances JSON: the categories of its annotations, crowds included."""
+    cache = path.with_suffix(".labels.txt")
+    if cache.exists() and cache.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        return dict(zip(*_read_label_list(cache), strict=True))
+    photos, values, names = read_head(path)
+    if names != COCO_CLASSES:
+        differ = next(
+            (f"{a!r} for {b!r}" for a, b in zip(names, COCO_CLASSES, strict=False) if a != b), "only the first"
+        )
+        found = f"{len(names)} categories ({differ})"
+        raise InputError(f"{path} has {found}, expected the {len(COCO_CLASSES)} of COCO: give COCO's own file.")
+    rows = {image: row for row, image in enumerate(photos)}
+    labels = np.zeros((len(photos), len(names)), np.float32)
+    for number, annotation in enumerate(read_elements(path, "annotations")):
+        _, image, value = annotation_keys(path, number, annotation, photos, values)
+        labels[rows[image], value - 1] = 1
+    ids = [photo.name for photo in photos.values()]
+    if not all(re.fullmatch(r"\w+", image_id) for image_id in ids):  # a list would not give such names back
+        return dict(zip(ids, labels, strict=True))
+    lines = (" ".join([i, *map(str, np.flatnonzero(row))]) for i, row in zip(ids, labels, strict=True))
+    with suppress(InputError):  # a root that cannot be written to works as well, only slower
+        write_whole(cache, "".join(f"{line}\n" for line in lines).encode(), uuid.uuid4().hex)  # ranks may write at once
+    return dict(zip(ids, labels, strict=True))

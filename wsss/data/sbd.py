@@ -1,0 +1,348 @@
+"""PASCAL VOC 2012 as weakly supervised segmentation trains on it: VOC and the masks of SBD, put together."""
+
+import hashlib
+import io
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from wsss import InputError
+from wsss.data.download import Progress, fetch, unpack
+from wsss.data.files import (
+    IMAGE_SUFFIXES,
+    PathLike,
+    files_by_stem,
+    load_label_dict,
+    read_list,
+    read_mask,
+    reading,
+    write_mask,
+    write_whole,
+    writing,
+)
+from wsss.data.voc import LAYOUT, VOC_CLASSES, annotation_labels
+
+VOC_URL = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
+SBD_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"
+DEVKIT, SBD_HOMES = "VOCdevkit/VOC2012", ("benchmark_RELEASE/dataset", "dataset")
+GENUINE = (1464, 1449)  # images in VOC's train and val
+FIELD = (10_582, "d1326bd53264")  # images in the field's train_aug, and how the hash of its list starts
+
+Steps = Callable[[str, int, int | None], None]
+"""Called with what is being done, how much of it is done and, where known, the total: bytes, or files."""
+
+
+@dataclass(frozen=True)
+class TrainAug:
+    """What `derive_train_aug` made.
+
+    Attributes:
+        ids: images in train_aug.txt.
+        sha256: of the list, sorted, one id a line (`sort train_aug.txt | sha256sum`).
+        voc_masks, sbd_masks: masks in SegmentationClassAug that come from VOC and from SBD, those of val included.
+        written: masks that were not there yet, or not the same.
+        missing_images: listed images that JPEGImages lacks.
+        notes: sentences about what is not as expected.
+    """
+
+    ids: int
+    sha256: str
+    voc_masks: int
+    sbd_masks: int
+    written: int
+    missing_images: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_voc` leaves: the report on train_aug, the file of image-level labels, its number of images."""
+
+    train_aug: TrainAug
+    labels: Path
+    labelled: int
+
+
+def read_segmentation(path: PathLike) -> np.ndarray:
+    """Reads SBD's class ids, uint8 (H, W), from a file of its cls folder: 0 to 20 and 255 (ignore).
+
+    Raises:
+        InputError: no such file, no MATLAB 5 file with GTcls.Segmentation, another shape, other ids.
+    """
+    expected = "a .mat file of SBD with GTcls.Segmentation"
+    with reading(path, expected, "unpack SBD again"), open(path, "rb") as file:
+        mask = _numbers(_field(_variable(file.read(), "GTcls"), "Segmentation"))
+        if mask.ndim != 2 or not mask.size:
+            raise ValueError(f"its shape is {mask.shape}, expected (H, W)")
+    unknown = np.setdiff1d(mask, [*range(len(VOC_CLASSES) + 1), 255])
+    if unknown.size:
+        found = f"the ids {unknown[:5].tolist()}, expected 0 to {len(VOC_CLASSES)} or 255 (ignore)"
+        raise InputError(f"{path} holds {found}: unpack SBD again.")
+    return mask.astype(np.uint8)
+
+
+# The part of MATLAB 5's format that SBD needs. scipy.io.loadmat crashes the interpreter on some damaged files and
+# spends most of its time on the boundaries of all objects.
+MATRIX, COMPRESSED = 14, 15  # types of elements
+STRUCT, NUMERIC = 2, range(6, 16)  # classes of arrays
+MOST = 1 << 28  # bytes that a compressed array may hold
+NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
+Element = tuple[int, bytes]
+"""Type and content."""
+
+
+def _elements(data: bytes) -> Iterator[Element]:
+    position = 0
+    while position < len(data):
+        kind, size = struct.unpack_from("<II", data, position)
+        start = position + 8
+        if kind >> 16:  # the content of up to four bytes is a part of the tag
+            kind, size, start = kind & 0xFFFF, min(kind >> 16, 4), position + 4
+        position = max(start + size, position + 8)
+        if position > len(data):
+            raise ValueError("it ends early")
+        yield kind, data[start : start + size]
+        if kind != COMPRESSED:
+            position += -position % 8  # contents start at multiples of eight
+
+
+def _variable(data: bytes, name: str) -> Element:
+    if data[124:128] != b"\0\1IM":
+        raise ValueError("it is no MATLAB 5 file")
+    for kind, content in _elements(data[128:]):
+        if kind == COMPRESSED:
+            stream = zlib.decompressobj()
+            content = stream.decompress(content, MOST)
+            if not stream.eof:
+                raise ValueError(f"it is damaged or holds more than {MOST} bytes")
+            kind, content = next(_elements(content))
+        if kind == MATRIX and _matrix(content)[2] == name.encode():
+            return kind, content
+    raise ValueError(f"it has no {name}")
+
+
+def _matrix(content: bytes) -> tuple[int, list[int], bytes, Iterator[Element]]:
+    """Class, shape, name and further elements of an array."""
+    parts = _elements(content)
+    flags, shape, name = next(parts)[1], next(parts)[1], next(parts)[1]
+    return flags[0], np.frombuffer(shape, "<i4").tolist(), name, parts
+
+
+def _field(array: Element, name: str) -> Element:
+    kind, shape, _, parts = _matrix(array[1])
+    if kind != STRUCT or shape != [1, 1]:
+        raise ValueError(f"it has no single struct with {name}")
+    length, names = int.from_bytes(next(parts)[1], "little"), next(parts)[1]
+    fields = [names[i : i + length].partition(b"\0")[0] for i in range(0, len(names), length)]
+    return list(parts)[fields.index(name.encode())]
+
+
+def _numbers(array: Element) -> np.ndarray:
+    kind, shape, _, parts = _matrix(array[1])
+    if kind not in NUMERIC:
+        raise ValueError(f"it holds an array of class {kind}, expected numbers")
+    stored, raw = next(parts)
+    return np.frombuffer(raw, NUMBERS[stored]).reshape(shape, order="F")
+
+
+def save_mask(path: Path, mask: np.ndarray) -> bool:
+    """Writes ids (H, W) as a PNG with VOC's palette, unless the file holds them already; tells whether it wrote."""
+    if path.exists():
+        try:
+            if np.array_equal(read_mask(path), mask):
+                return False
+        except InputError:
+            pass  # it is no mask and makes way for one
+    write_mask(path, mask)
+    return True
+
+
+def derive_train_aug(voc_root: PathLike, sbd_root: PathLike, progress: Progress | None = None) -> TrainAug:
+    """Writes train_aug.txt and SegmentationClassAug of a VOC 2012 tree; what is there and equal stays.
+
+    train_aug is VOC's train, SBD's train and SBD's val without VOC's val. Every image of it and of val gets
+    a mask: VOC's own, else SBD's. The list comes last, so that where it is the masks are. Interrupted, it can be
+    run again.
+
+    Args:
+        voc_root: with ImageSets/Segmentation/{train,val}.txt, SegmentationClass and JPEGImages.
+        sbd_root: with cls/<id>.mat, train.txt and val.txt; its photographs are VOC's own and not used.
+        progress: gets the masks that are done and all masks.
+
+    Raises:
+        InputError: a list, a mask or a folder is missing, cannot be read or cannot be written.
+    """
+    voc, sbd = Path(voc_root), Path(sbd_root)
+    lists, folder = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
+    train, val = (read_list(lists / f"{name}.txt") for name in ("train", "val"))
+    extra = [*read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")]
+    ids = sorted({*train, *extra} - set(val))
+    wanted = sorted({*ids, *val})
+    own = files_by_stem(voc / "SegmentationClass", (".png",), LAYOUT)
+    theirs = files_by_stem(sbd / "cls", (".mat",), "cls, train.txt and val.txt of SBD")
+    if missing := [name for name in wanted if name not in own and name not in theirs]:
+        found = f"{len(missing)} of {len(wanted)} images ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
+        raise InputError(
+            f"{found} have a mask neither in {voc / 'SegmentationClass'} nor in {sbd / 'cls'}: unpack both again."
+        )
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    written = 0
+    for done, name in enumerate(wanted, start=1):
+        mask = read_mask(own[name]) if name in own else read_segmentation(theirs[name])
+        written += save_mask(folder / f"{name}.png", mask)
+        if progress:
+            progress(done, len(wanted))
+    _save(lists / "train_aug.txt", _as_text(ids))
+    return _report(voc, written)
+
+
+def _as_text(ids: list[str]) -> bytes:
+    """A list file: sorted, one id a line."""
+    return "".join(f"{name}\n" for name in sorted(ids)).encode()
+
+
+def _save(path: Path, content: bytes) -> None:
+    """Writes a file whole, unless it holds the content already."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    write_whole(path, content)
+
+
+def _report(voc: Path, written: int) -> TrainAug:
+    lists = {path.stem: read_list(path) for path in _lists(voc) if path.stem in ("train", "train_aug", "val")}
+    ids, genuine = lists["train_aug"], tuple(len(lists.get(name, ())) for name in ("train", "val")) == GENUINE
+    sha256 = hashlib.sha256(_as_text(ids)).hexdigest()
+    own = voc / "SegmentationClass"
+    voc_masks = len({*ids, *lists["val"]} & (files_by_stem(own, (".png",), LAYOUT) if own.is_dir() else {}).keys())
+    missing = len(set(ids) - files_by_stem(voc / "JPEGImages", IMAGE_SUFFIXES, LAYOUT).keys())
+    notes = []
+    if genuine and (len(ids), sha256[:12]) != FIELD:
+        known = f"the field's has {FIELD[0]} with {FIELD[1]}"
+        notes.append(
+            f"train_aug.txt has {len(ids)} images with the hash {sha256[:12]}, {known}: SBD is not as released."
+        )
+    if missing:
+        notes.append(f"{missing} images of train_aug.txt are not in {voc / 'JPEGImages'}: training on it is refused.")
+    masks = len({*ids, *lists["val"]})
+    return TrainAug(len(ids), sha256, voc_masks, masks - voc_masks, written, missing, tuple(notes))
+
+
+def _lists(voc: Path) -> list[Path]:
+    return sorted((voc / "ImageSets/Segmentation").glob("*.txt"))
+
+
+def prepare_voc(
+    root: PathLike,
+    voc_url: str = VOC_URL,
+    sbd_url: str = SBD_URL,
+    voc_md5: str | None = VOC_MD5,
+    sbd_md5: str | None = SBD_MD5,
+    progress: Steps | None = None,
+) -> Prepared:
+    """Makes of a folder what `wsss.data.voc.VOC` reads; does only what is missing and can be interrupted at will.
+
+    VOC 2012 is root itself, or root/VOCdevkit/VOC2012, whose folders root then links to; SBD is
+    root/benchmark_RELEASE/dataset or root/dataset. What is not there is downloaded to root/downloads, or taken
+    from there, and unpacked. Image-level labels go to cls_labels.npy where root has no cls_labels*.npy.
+
+    Args:
+        root: the folder; made where it is missing.
+        voc_url, sbd_url: where the archives are.
+        voc_md5, sbd_md5: their checksums; None checks nothing.
+        progress: gets what is being done, how much of it is done and the total.
+
+    Raises:
+        InputError: see `fetch`, `unpack`, `derive_train_aug` and `wsss.data.voc.annotation_labels`.
+    """
+    root = Path(root).expanduser()
+    devkit = root / DEVKIT
+    if not devkit.is_dir() and not (root / "JPEGImages").is_dir():
+        _obtain(voc_url, voc_md5, root, DEVKIT, progress)
+    if devkit.is_dir():
+        _adopt(root)
+    if _is_finished(root):
+        train_aug = _report(root, 0)
+    else:
+        home = next((home for home in SBD_HOMES if (root / home / "cls").is_dir()), None)
+        if home is None:
+            home = SBD_HOMES[0]
+            _obtain(sbd_url, sbd_md5, root, home, progress)
+        train_aug = derive_train_aug(root, root / home, _step(progress, "SegmentationClassAug"))
+    labels = next(iter(sorted(root.glob("cls_labels*.npy"))), None) or _write_labels(root, progress)
+    return Prepared(train_aug, labels, len(load_label_dict(labels)))
+
+
+def _step(progress: Steps | None, what: str) -> Progress | None:
+    return partial(progress, what) if progress else None
+
+
+def _obtain(url: str, md5: str | None, root: Path, home: str, progress: Steps | None) -> None:
+    """Makes root/home, the one folder of an archive that is needed."""
+    archive = root / "downloads" / (Path(unquote(urlsplit(url).path)).name or "archive")
+    whole = archive.with_name(f"{archive.name}.unpacked")
+    if not whole.is_dir():
+        fetch(url, archive, md5=md5, progress=_step(progress, f"downloading {archive.name}"))
+        unpack(archive, whole, _step(progress, f"unpacking {archive.name}"))
+    try:
+        if not (whole / home).is_dir():
+            raise InputError(f"{archive} holds no folder {home}: remove it and give the URL of another archive.")
+        with writing(root / home):
+            (root / home).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(whole / home, root / home)
+    finally:
+        shutil.rmtree(whole)
+
+
+def _adopt(root: Path) -> None:
+    """Links root to the folders of its devkit and copies the lists, so that nothing is written into the devkit."""
+    names = ["JPEGImages", "Annotations", "SegmentationClass"]
+    if _is_finished(root / DEVKIT):
+        names.append("SegmentationClassAug")
+    for name in names:
+        if (root / DEVKIT / name).is_dir() and not (root / name).exists():
+            try:
+                (root / name).symlink_to(Path(DEVKIT, name), target_is_directory=True)
+            except OSError as error:
+                found = error.strerror or error
+                raise InputError(f"{root / name} cannot be made a link ({found}): give {root / DEVKIT}.") from error
+    lists = root / "ImageSets/Segmentation"
+    with writing(lists):
+        lists.mkdir(parents=True, exist_ok=True)
+    for path in _lists(root / DEVKIT):
+        if not (lists / path.name).exists():
+            _save(lists / path.name, path.read_bytes())
+
+
+def _is_finished(root: Path) -> bool:
+    """Whether there is a train_aug with all its masks, ours or another's."""
+    path, folder = root / "ImageSets/Segmentation/train_aug.txt", root / "SegmentationClassAug"
+    if not (path.is_file() and folder.is_dir()):
+        return False
+    return {*read_list(path), *read_list(path.with_name("val.txt"))} <= files_by_stem(folder, (".png",), LAYOUT).keys()
+
+
+def _write_labels(root: Path, progress: Steps | None) -> Path:
+    """Writes cls_labels.npy, the field's pickled dict in an object array, from the XML files."""
+    ids = sorted(
+        {name for stem in ("train_aug", "val") for name in read_list(root / f"ImageSets/Segmentation/{stem}.txt")}
+    )
+    labels = annotation_labels(root / "Annotations", ids, VOC_CLASSES, _step(progress, "image-level labels"))
+    if missing := sorted(set(ids) - labels.keys()):
+        found = f"{len(missing)} of {len(ids)} images ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)})"
+        raise InputError(f"{found} have no file in {root / 'Annotations'}: unpack VOC 2012 again.")
+    path = root / "cls_labels.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(labels, object), allow_pickle=True)
+    _save(path, buffer.getvalue())
+    return path

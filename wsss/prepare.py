@@ -1,0 +1,190 @@
+"""`wsss-data check`, `voc` and `coco`: look through a data set before training, and bring public ones into shape."""
+
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.config import build, plain, run_command
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from wsss.data.datamodule import Images
+
+USAGE = """wsss-data check dataset=NAME [dataset.KEY=VALUE ...]
+    counts, sizes, and whatever does not fit, before any training
+wsss-data voc root=DIR
+    VOC 2012 with the masks of SBD: download, train_aug, masks, image-level labels
+wsss-data coco root=DIR
+    COCO 2014: masks and image-level labels from the instances files
+Each says with --help what can be set."""
+
+
+def check(cfg: DictConfig) -> int:
+    """Open every image and mask, print what there is, and refuse what training would; returns the images seen."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    problems: list[str] = []
+    if cfg.dataset._target_ == "wsss.data.folder.Folder":
+        survey_folder(cfg, problems)
+    counts: dict[str, Counter[str]] = {}
+    sizes: list[tuple[int, int]] = []
+    classes: tuple[str, ...] = ()
+    for split in ("train", "val"):
+        try:
+            images: Images = build(cfg.dataset, "dataset", split=split)
+        except InputError as error:
+            problems += [str(error)] if str(error) not in problems else []
+            continue
+        classes = images.classes
+        seen, bad = look(images, split, cfg.num_workers)
+        problems += bad
+        sizes += [item["size"] for item in seen.values()]
+        found = Counter(classes[c] for item in seen.values() for c in np.flatnonzero(item["label"]))
+        empty = sum(not item["label"].any() for item in seen.values())
+        counts[split] = found + Counter({"(no class)": empty, "(images)": len(seen)})
+    if counts:
+        table = Table(title=f"{cfg.dataset.get('root', 'drawn')}: images of each class", title_justify="left")
+        table.add_column("class")
+        for split in counts:
+            table.add_column(split, justify="right")
+        for name in (*classes, "(no class)", "(images)"):
+            table.add_row(name, *(str(count[name]) for count in counts.values()))
+        Console().print(table)
+        if not counts.get("val"):
+            print("nothing to evaluate on: training will leave the evaluation out (dataset.val names what to use)")
+        for name in classes:
+            if "train" in counts and not counts["train"][name]:
+                print(f"no training image shows {name}: nothing can be learnt about it")
+    if sizes:
+        heights, widths = np.array(sizes).T
+        shown = "{:.0f} to {:.0f}, median {:.0f}"
+        ranges = (shown.format(side.min(), side.max(), np.median(side)) for side in (widths, heights))
+        print("width {}; height {}".format(*ranges))
+    for problem in problems[:MOST_SHOWN]:
+        print(f"- {problem}")
+    if problems:
+        more = f" ({len(problems) - MOST_SHOWN} more are not shown)" if len(problems) > MOST_SHOWN else ""
+        raise InputError(f"{len(problems)} problems, listed above{more}: mend them, then check again.")
+    print("no problem found")
+    return len(sizes)
+
+
+MOST_SHOWN = 50
+
+
+def survey_folder(cfg: DictConfig, problems: list[str]) -> None:
+    """What the labels and the files of a folder leave out of each other; nothing is opened for it."""
+    from wsss.data.folder import survey
+
+    values = plain(cfg.dataset, "dataset")
+    found = survey(*(values[key] for key in ("root", "labels", "masks", "classes")))
+    print(
+        f"{found.root}: {len(found.images)} images, {len(found.classes)} classes, labels from {found.source}; "
+        f"{len(found.negatives)} images without any class"
+    )
+    problems += [f"the image {name} has no entry in the labels" for name in found.unlabelled]
+    problems += [f"the labels name {name}, which is no image" for name in found.missing]
+
+
+def look(images: "Images", what: str, num_workers: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Open all of them under a progress bar: by index what is known of a readable one, and why the others are not."""
+    from wsss.data.datamodule import look_through
+    from wsss.report import progress
+
+    items = list(progress(look_through(images, num_workers), len(images), f"opening {what}"))
+    seen = {index: item for index, item in enumerate(items) if not isinstance(item, str)}
+    return seen, [item for item in items if isinstance(item, str)]
+
+
+def voc(cfg: DictConfig) -> int:
+    """Make root what `dataset=voc` reads; returns the number of images of train_aug."""
+    from wsss.data.sbd import prepare_voc
+
+    with Steps() as steps:
+        urls = {key: cfg[key] for key in ("voc_url", "sbd_url", "voc_md5", "sbd_md5")}
+        made = prepare_voc(cfg.root, **urls, progress=steps.show)
+    masks = made.train_aug
+    print(
+        f"{cfg.root}: train_aug of {masks.ids} images (sha256 of the sorted list {masks.sha256[:12]}...), "
+        f"masks of {masks.voc_masks} images from VOC and {masks.sbd_masks} from SBD ({masks.written} written now), "
+        f"image-level labels of {made.labelled} images in {made.labels}"
+    )
+    for note in masks.notes:
+        print(f"note: {note}")
+    return masks.ids
+
+
+def coco(cfg: DictConfig) -> int:
+    """Draw root's masks from its instances files; returns their number."""
+    from wsss.data.instances import build_masks
+
+    root = Path(cfg.root).expanduser()
+    made = 0
+    for split in ("train", "val"):
+        folder = f"{split}2014"
+        annotations = root / "annotations" / f"instances_{folder}.json"
+        if not annotations.is_file():
+            raise InputError(
+                f"{annotations} does not exist: unpack COCO's annotations_trainval2014.zip, train2014.zip and "
+                f"val2014.zip in {root}"
+            )
+        print(f"reading {annotations}")
+        with Steps() as steps:
+            show = partial(steps.show, f"masks of {split}")
+            report = build_masks(annotations, root / "masks" / folder, cfg.rule, show)
+        made += report.masks
+        print(
+            f"{root / 'masks' / folder}: {report.masks} masks by the rule {report.rule} ({report.written} written "
+            f"now), {report.annotations} annotations, {report.crowds} of them crowds, {report.without_annotations} "
+            f"images without any; sha256 of all masks {report.sha256}"
+        )
+    return made
+
+
+class Steps:
+    """A bar for each step of a preparation, with its rate: bytes of downloads and archives, else files."""
+
+    def __enter__(self) -> "Steps":
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+        self.bars = Progress(*columns, TimeRemainingColumn())
+        self.bars.start()
+        self.tasks: dict[str, TaskID] = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        from rich.filesize import decimal
+
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, done="")
+        in_bytes = what.startswith(("downloading", "unpacking"))
+        shown, speed = str(done), self.bars.tasks[self.tasks[what]].speed or 0.0
+        if in_bytes:
+            shown = f"{decimal(done)}, {decimal(int(speed))}/s"
+        elif speed:
+            shown = f"{done}, {speed:.0f}/s"
+        self.bars.update(self.tasks[what], completed=done, total=total, done=shown)
+
+
+def main() -> None:
+    tasks = {"check": check, "voc": voc, "coco": coco}
+    word = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if word in tasks:
+        run_command(f"data {word}", tasks[word])
+    elif word in ("-h", "--help"):
+        print(USAGE)
+    else:
+        print(f"wsss-data: expected {', '.join(tasks)}, found {word or 'nothing'}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
