@@ -33,7 +33,7 @@ def photographs(tmp_path: Path) -> Path:
         picture = rng.integers(0, 256, (40 + number, 48, 3), np.uint8)
         Image.fromarray(picture).save(root / f"{name}.JPG", format="JPEG")
         mask = np.zeros(picture.shape[:2], np.uint8)
-        mask[4:20, 4:20] = 1 + number % 2
+        mask[4:20, 4:20] = (1, 2, 1)[number % 3] if number else 0
         Image.fromarray(mask).save(root / "masks" / f"{Path(name).name}.png")
         rows.append(f"{name}.JPG,{('cat', 'dog', 'cat;dog')[number % 3] if number else ''}")
     (root / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
@@ -71,6 +71,18 @@ def test_check_lists_whatever_does_not_fit(command: Command, photographs: Path) 
     assert any("Bild 3" in line and "cannot be read as an image" in line for line in problems)
     assert any("Bild 5" in line and "expected one size" in line for line in problems)
     assert "2 problems" in ended.err
+
+
+def test_check_sees_ids_in_another_order(command: Command, photographs: Path) -> None:
+    arguments = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=0.9"]
+    rows = ["file,labels", *(f"im Urlaub/Bild {n} (groß).JPG,{('cat', 'dog')[n % 2]}" for n in range(8))]
+    (photographs / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    assert command("prepare", "check", *arguments).code == 0
+    (photographs / "class_names.txt").write_text("dog\ncat\n")
+    ended = command("prepare", "check", *arguments)
+    assert ended.code == 2
+    assert "7 of 7 masks show a class that the image's labels do not name" in ended.out
+    assert command("prepare", "check", *arguments, "dataset.classes=[cat,dog]").code == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def check(cfg: DictConfig) -> int:
         sizes += [item["size"] for item in seen.values()]
         found = Counter(classes[c] for item in seen.values() for c in np.flatnonzero(item["label"]))
         empty = sum(not item["label"].any() for item in seen.values())
+        problems += unnamed(list(seen.values()), classes)
         counts[split] = found + Counter({"(no class)": empty, "(images)": len(seen)})
     if counts:
         table = Table(title=f"{cfg.dataset.get('root', 'drawn')}: images of each class", title_justify="left")
@@ -75,6 +77,24 @@ def check(cfg: DictConfig) -> int:
         raise InputError(f"{len(problems)} problems, listed above{more}: mend them, then check again.")
     print("no problem found")
     return len(sizes)
+
+
+def unnamed(items: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str]:
+    """A sentence where more than a tenth of the masks show a class that the image's labels do not name.
+
+    Fewer are how people annotate; many are ids in another order than the classes.
+    """
+    wrong = []
+    for item in items:
+        foreign = [classes[c - 1] for c in item["shown"] if 0 < c < 255 and not item["label"][c - 1]]
+        if foreign:
+            wrong.append(f"{item['id']} shows {foreign[0]}")
+    if len(wrong) * 10 <= len(items):
+        return []
+    return [
+        f"{len(wrong)} of {len(items)} masks show a class that the image's labels do not name ({wrong[0]}): the ids in "
+        "the masks have to follow the order of the classes, set dataset.classes or write class_names.txt"
+    ]
 
 
 MOST_SHOWN = 50

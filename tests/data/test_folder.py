@@ -268,6 +268,8 @@ def test_labels_are_found_or_named(root: Path, tmp_path: Path, monkeypatch: pyte
     done = [{"result": [{"type": "choices", "value": {"choices": ["dog"]}}]}]
     tasks = [{"data": {"image": f"/data/upload/3/0123abcd-{name}"}, "annotations": done} for name in names]
     (root / "export.json").write_text(json.dumps(tasks))
+    assert Folder(str(root)).classes == ("cat", "dog")  # class_names.txt knows one that no label names
+    (root / "class_names.txt").unlink()
     assert Folder(str(root)).classes == ("dog",)
     tasks[2]["annotations"] = []
     (root / "export.json").write_text(json.dumps(tasks))

@@ -45,11 +45,12 @@ class _Looks(Dataset[dict[str, Any] | str]):
             item = self.images[index]
         except InputError as error:
             return str(error)
-        return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"]}
+        shown = np.unique(item["mask"]) if "mask" in item else np.empty(0, np.uint8)
+        return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"], "shown": shown}
 
 
 def look_through(images: Images, num_workers: int) -> Iterable[dict[str, Any] | str]:
-    """Opens every item in order: its `id`, `size` (H, W) and `label`, or the sentence that says why it cannot be."""
+    """Opens every item in order: its `id`, `size` (H, W), `label` and the ids `shown` by its mask, or why it fails."""
     return DataLoader(_Looks(images), batch_size=None, num_workers=num_workers, collate_fn=_as_is)
 
 

@@ -162,6 +162,8 @@ def survey(
         InputError: no image, no labels or labels that cannot be read; not that the two leave out one another.
     """
     place = Path(root).expanduser()
+    if classes is None and (place / "class_names.txt").is_file():
+        classes = read_lines(place / "class_names.txt")
     images = find_images(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
     ids = _ids(place, [path.as_posix() for path in images])  # path -> id
     said = _labels(place, labels, ids, classes)
@@ -231,7 +233,8 @@ class Folder(Dataset[dict[str, Any]]):
             no evaluation. With neither list a column `split` of labels.csv decides.
         seed: of the fraction.
         masks: folder of .png with the path or the file name of the image, in root or anywhere; None for none.
-        classes: foreground class names in the order wanted; None takes those of the labels.
+        classes: foreground class names in the order wanted, that of the ids in the masks; None takes the lines of
+            root's class_names.txt, else those of the labels.
         has_background: False where the classes cover the whole image: then 0 in a mask is ignored.
     """
 
