@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, VOC_IDS, VOC_OVERRIDES, call, make_voc, save_labels
+from tiny import (
+    MCTFORMER_OVERRIDES,
+    OVERRIDES,
+    RESNET38_OVERRIDES,
+    VOC_IDS,
+    VOC_OVERRIDES,
+    Ended,
+    call,
+    make_voc,
+    save_labels,
+)
 
 from wsss import losses
 from wsss.checkpoints import mctformer_to_official, toco_to_official
@@ -101,6 +112,18 @@ def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         arrays = np.load(out / "cams" / f"{name}.npz")
         assert arrays["cam"].shape == (len(arrays["ids"]), *size[::-1])
         assert len(arrays["ids"]) == 4
+
+
+def test_predict_reduces_large_photographs(command: Callable[..., Ended], trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((20000, 500), 60).save(tmp_path / "images" / "panorama.png")
+    arguments = [f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}", f"images={tmp_path / 'images'}", "cam=true"]
+    ended = command("predict", *arguments, "max_side=400", f"out={tmp_path / 'out'}", "num_workers=0")
+    assert ended.code == 0, ended.err
+    mask = Image.open(tmp_path / "out/masks/panorama.png")
+    assert (mask.mode, mask.size) == ("P", (20000, 500))
+    assert np.load(tmp_path / "out/cams/panorama.npz")["cam"].shape[1:] == (500, 20000)
+    assert "max_side is 0" in command("predict", *arguments, "max_side=0", f"out={tmp_path / 'none'}").err
 
 
 @pytest.mark.parametrize("version", ["mctformer_v1", "mctformer", "mctformer_plus"])

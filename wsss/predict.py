@@ -15,6 +15,7 @@ from wsss.config import run_command
 def predict(cfg: DictConfig) -> int:
     """Write masks, overlays and, if asked for, CAMs of every image; returns the number of images."""
     import torch
+    import torch.nn.functional as F
     from PIL import Image
     from torch.utils.data import DataLoader
 
@@ -23,6 +24,8 @@ def predict(cfg: DictConfig) -> int:
     from wsss.refine.cam import cam_to_label, resize
     from wsss.report import colour_map, overlay, progress
 
+    if not isinstance(cfg.max_side, int) or cfg.max_side < 1:
+        raise InputError(f"max_side is {cfg.max_side!r}: expected a whole number of pixels")
     paths = find_images(Path(cfg.images).expanduser())
     out = Path(cfg.out).expanduser()
     try:
@@ -46,19 +49,24 @@ def predict(cfg: DictConfig) -> int:
         if isinstance(image, str):
             failed.append(image)
             continue
+        size = image.shape[:2]
+        work = [max(1, round(side * min(1, cfg.max_side / max(size)))) for side in size]
+        photo = tensor[None].to(device)
+        if max(size) > cfg.max_side:
+            photo = F.interpolate(photo, size=work, mode="bilinear", antialias=True)
         try:
-            output = method.infer(tensor[None].to(device), cams=cfg.cam)
+            output = method.infer(photo, cams=cfg.cam)
         except InputError as error:  # too small for the network, say
             failed.append(f"{name}: {error}")
             continue
         present = (output["logits"].sigmoid() > cfg.class_threshold).float()  # (1, C)
-        size = image.shape[:2]
         if output["seg"] is not None:
-            mask = method.segment(tensor[None].to(device), size, output["seg"]).argmax(1)
+            mask = method.segment(photo, work, output["seg"]).argmax(1)
         else:
-            mask = cam_to_label(resize(output["cam"], size), present, method.background_threshold)
-        ids = mask[0].to(torch.uint8).cpu().numpy()
-        picture = Image.fromarray(ids)
+            mask = cam_to_label(resize(output["cam"], work), present, method.background_threshold)
+        picture = Image.fromarray(mask[0].to(torch.uint8).cpu().numpy())
+        picture = picture.resize(size[::-1], Image.Resampling.NEAREST)
+        ids = np.asarray(picture)
         picture.putpalette(palette)
         save(picture, out / "masks" / f"{name}.png")
         if cfg.overlay:
