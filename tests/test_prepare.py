@@ -60,6 +60,8 @@ def test_check_lists_whatever_does_not_fit(command: Command, photographs: Path) 
     assert ended.code == 2
     assert "Bild 7 (groß) has no entry" in ended.out
     assert "gone.jpg, which is no image" in ended.out
+    assert "Bild 3 (groß).JPG cannot be read" in ended.out  # all images are opened nevertheless
+    assert "height 40 to 47" in ended.out
     labels.write_text("\n".join(rows), encoding="utf-8")
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(photographs / "masks/Bild 5 (groß).png")
     ended = command(

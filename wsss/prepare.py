@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +33,19 @@ def check(cfg: DictConfig) -> int:
     from rich.table import Table
 
     problems: list[str] = []
+    sets: dict[str, Callable[[], Images]] = {
+        split: partial(build, cfg.dataset, "dataset", split=split) for split in ("train", "val")
+    }
     if cfg.dataset._target_ == "wsss.data.folder.Folder":
-        survey_folder(cfg, problems)
+        everything, problems = survey_folder(cfg)
+        if problems:  # then the data set would refuse, and nothing would be seen
+            sets = {"all": lambda: everything}
     counts: dict[str, Counter[str]] = {}
     sizes: list[tuple[int, int]] = []
     classes: tuple[str, ...] = ()
-    for split in ("train", "val"):
+    for split, make in sets.items():
         try:
-            images: Images = build(cfg.dataset, "dataset", split=split)
+            images = make()
         except InputError as error:
             problems += [str(error)] if str(error) not in problems else []
             continue
@@ -60,7 +65,7 @@ def check(cfg: DictConfig) -> int:
         for name in (*classes, "(no class)", "(images)"):
             table.add_row(name, *(str(count[name]) for count in counts.values()))
         Console().print(table)
-        if not counts.get("val"):
+        if "val" in counts and not counts["val"]["(images)"]:
             print("nothing to evaluate on: training will leave the evaluation out (dataset.val names what to use)")
         for name in classes:
             if "train" in counts and not counts["train"][name]:
@@ -100,9 +105,9 @@ def unnamed(items: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str
 MOST_SHOWN = 50
 
 
-def survey_folder(cfg: DictConfig, problems: list[str]) -> None:
-    """What the labels and the files of a folder leave out of each other; nothing is opened for it."""
-    from wsss.data.folder import survey
+def survey_folder(cfg: DictConfig) -> tuple["Images", list[str]]:
+    """All images of a folder, and what its labels and files leave out of each other."""
+    from wsss.data.folder import Surveyed, survey
 
     values = plain(cfg.dataset, "dataset")
     found = survey(*(values[key] for key in ("root", "labels", "masks", "classes")))
@@ -110,8 +115,8 @@ def survey_folder(cfg: DictConfig, problems: list[str]) -> None:
         f"{found.root}: {len(found.images)} images, {len(found.classes)} classes, labels from {found.source}; "
         f"{len(found.negatives)} images without any class"
     )
-    problems += [f"the image {name} has no entry in the labels" for name in found.unlabelled]
-    problems += [f"the labels name {name}, which is no image" for name in found.missing]
+    problems = [f"the image {name} has no entry in the labels" for name in found.unlabelled]
+    return Surveyed(found), [*problems, *(f"the labels name {name}, which is no image" for name in found.missing)]
 
 
 def look(images: "Images", what: str, num_workers: int) -> tuple[dict[int, dict[str, Any]], list[str]]:

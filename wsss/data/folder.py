@@ -212,6 +212,22 @@ def _masks_folder(root: Path, given: str) -> Path:
     return folder
 
 
+class Surveyed(Dataset[dict[str, Any]]):
+    """Every image of a survey, an image without an entry as one without any class: to look at, not to train on."""
+
+    def __init__(self, found: Survey) -> None:
+        self.found, self.classes, self.ids = found, found.classes, list(found.images)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image_id = self.ids[index]
+        label = np.zeros(len(self.classes), np.float32)
+        label[list(self.found.present.get(image_id, ()))] = 1
+        return {"image": read_image(self.found.images[image_id]), "label": label, "id": image_id}
+
+
 class Folder(Dataset[dict[str, Any]]):
     """One's own photographs with image-level labels; masks, if there are any, only outside of training.
 
