@@ -2,9 +2,10 @@
 
     python tests/kill.py [--kills 10] [--steps 60] [METHOD ...]
 
-Every method trains on small shapes with two loader workers. At moments drawn from the duration of a run the process
-gets SIGKILL, and the same command with resume=auto is started. At the end weights, optimizer, schedules, every logged
-number and metrics.json (without seconds and memory) have to be those of the run that nobody disturbed, bit by bit.
+Every method trains on small shapes with two loader workers. At steps drawn from those of the run, and up to a tenth of
+a second later, the process gets SIGKILL, and the same command with resume=auto is started. At the end weights,
+optimizer, schedules, every logged number and metrics.json (without seconds and memory) have to be those of the run that
+nobody disturbed, bit by bit.
 """
 
 import argparse
@@ -95,25 +96,38 @@ def compare(undisturbed: Path, killed: Path) -> tuple[int, list[str]]:
     return len(first), [key for key in first | second if not same(first.get(key), second.get(key))]
 
 
+def kill(arguments: list[str], folder: Path, log: Path, step: int, delay: float) -> int:
+    """Start a run and kill it some seconds after it has logged a step; the last step in its log."""
+    began = time.time()
+    process = start(arguments, folder)
+    while process.exitcode is None and not (log.exists() and log.stat().st_mtime > began and last_step(log) >= step):
+        process.join(0.002)
+    process.join(delay)
+    if process.exitcode is not None:
+        raise SystemExit(f"the run ended with {process.exitcode} before it could be killed at step {step}")
+    process.kill()
+    process.join()
+    return last_step(log)
+
+
+def last_step(log: Path) -> int:
+    steps = [row.partition(",")[0] for row in log.read_text().splitlines()[1:]]
+    return max((int(step) for step in steps if step), default=0)
+
+
 def trial(method: str, folder: Path, steps: int, kills: int, rng: random.Random) -> tuple[int, list[str], list[int]]:
-    """Train undisturbed and killed; how many values agree, which do not, and the rows logged at each kill."""
+    """Train undisturbed and killed; how many values agree, which do not, and the steps logged at each kill."""
     folder.mkdir(parents=True)
     arguments = settings(method, steps)
-    finish([*arguments, f"hydra.run.dir={folder / 'warm'}"], folder)  # fills the caches of this machine
-    began = time.monotonic()
     finish([*arguments, f"hydra.run.dir={folder / 'undisturbed'}"], folder)
-    duration = time.monotonic() - began
     again = [*arguments, f"hydra.run.dir={folder / 'killed'}", "resume=auto"]
-    log, rows = folder / "killed/log/metrics.csv", []
-    for _ in range(kills):
-        process = start(again, folder)
-        process.join(rng.uniform(0, duration))
-        process.kill()
-        process.join()
-        rows.append(log.read_text().count("\n") - 1 if log.exists() else 0)
+    log = folder / "killed/log/metrics.csv"
+    # in ascending order, so that each lies ahead of the checkpoint the run goes on from
+    moments = sorted(rng.randrange(1, steps) for _ in range(kills))
+    reached = [kill(again, folder, log, step, rng.uniform(0, 0.1)) for step in moments]
     finish(again, folder)
     agreeing, different = compare(folder / "undisturbed", folder / "killed")
-    return agreeing, different, rows
+    return agreeing, different, reached
 
 
 def main() -> None:
@@ -130,9 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for method in given.methods:
             folder = Path(place) / method
-            agreeing, different, rows = trial(method, folder, given.steps, given.kills, random.Random(given.seed))
+            agreeing, different, reached = trial(method, folder, given.steps, given.kills, random.Random(given.seed))
             failed |= bool(different)
-            print(f"{method:15} {agreeing} values, {len(different)} differ {different[:3] or ''}; rows at kills {rows}")
+            print(f"{method:15} {agreeing} values, {len(different)} differ {different[:3] or ''}; killed at {reached}")
     sys.exit(failed)
 
 
