@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import OVERRIDES, Ended, call, make_voc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
@@ -40,6 +42,26 @@ def real_data() -> Path:
 def voc_root(tmp_path: Path) -> Path:
     """A small tree in VOC's layout."""
     return make_voc(tmp_path / "voc")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Eight photographs with odd names in a folder with an odd name, labels, and masks for all of them."""
+    root = tmp_path / "Füße und Köpfe"
+    (root / "im Urlaub").mkdir(parents=True)
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    rows = ["file,labels"]
+    for number in range(8):
+        name = f"im Urlaub/Bild {number} (groß)"
+        picture = rng.integers(0, 256, (40 + number, 48, 3), np.uint8)
+        Image.fromarray(picture).save(root / f"{name}.JPG", format="JPEG")
+        mask = np.zeros(picture.shape[:2], np.uint8)
+        mask[4:20, 4:20] = (1, 2, 1)[number % 3] if number else 0
+        Image.fromarray(mask).save(root / "masks" / f"{Path(name).name}.png")
+        rows.append(f"{name}.JPG,{('cat', 'dog', 'cat;dog')[number % 3] if number else ''}")
+    (root / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    return root
 
 
 @pytest.fixture(scope="session")

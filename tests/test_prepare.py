@@ -20,26 +20,6 @@ Command = Callable[..., Ended]
 TINY = [o for o in OVERRIDES if not o.startswith("dataset.")] + ["data.eval_batch_size=1", "method.weights=null"]
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """Eight photographs with odd names in a folder with an odd name, labels, and masks for all of them."""
-    root = tmp_path / "Füße und Köpfe"
-    (root / "im Urlaub").mkdir(parents=True)
-    (root / "masks").mkdir()
-    rng = np.random.default_rng(0)
-    rows = ["file,labels"]
-    for number in range(8):
-        name = f"im Urlaub/Bild {number} (groß)"
-        picture = rng.integers(0, 256, (40 + number, 48, 3), np.uint8)
-        Image.fromarray(picture).save(root / f"{name}.JPG", format="JPEG")
-        mask = np.zeros(picture.shape[:2], np.uint8)
-        mask[4:20, 4:20] = (1, 2, 1)[number % 3] if number else 0
-        Image.fromarray(mask).save(root / "masks" / f"{Path(name).name}.png")
-        rows.append(f"{name}.JPG,{('cat', 'dog', 'cat;dog')[number % 3] if number else ''}")
-    (root / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
-    return root
-
-
 def test_check_of_a_sound_folder(command: Command, photographs: Path) -> None:
     ended = command("prepare", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks")
     assert ended.code == 0, ended.err

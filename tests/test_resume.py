@@ -74,6 +74,49 @@ def test_accumulated_and_unevaluated_steps(tmp_path: Path) -> None:
     assert (tmp_path / "a/log/metrics.csv").read_text().splitlines()[-1].startswith("5,,")  # the last evaluation
 
 
+def test_without_evaluation_and_before_the_first_row(tmp_path: Path, photographs: Path) -> None:
+    """Checkpoints by steps, of several batches each, and one that is older than the first row of the log."""
+    base = [o for o in ARGUMENTS if not o.startswith(("dataset.", "trainer.val", "trainer.log", "trainer.max"))]
+    arguments = [
+        *base,
+        "method.weights=null",
+        "dataset=folder",
+        f"dataset.root={photographs}",
+        "dataset.masks=masks",
+        "global_batch_size=6",
+        "trainer.max_steps=8",
+        "trainer.val_check_interval=3",
+        "trainer.log_every_n_steps=4",
+    ]
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    for step in (3, 5):
+        interrupted(*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto", step=step)
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto") == 0
+    assert compare(tmp_path / "a", tmp_path / "b")[1] == []
+
+
+def test_other_images_are_refused(command: Command, tmp_path: Path, photographs: Path) -> None:
+    base = [*(o for o in ARGUMENTS if not o.startswith("dataset.")), "method.weights=null"]
+    folder = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", f"hydra.run.dir={tmp_path / 'a'}"]
+    interrupted(*base, *folder, step=3)
+    labels = photographs / "labels.csv"
+    labels.write_text(labels.read_text(encoding="utf-8").replace("dog", "wolf"), encoding="utf-8")
+    ended = command("train", *base, *folder, "resume=auto")
+    assert ended.code == 2
+    assert "not those that" in ended.err
+
+
+def test_interrupts_are_said(command: Command, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 3)
+        ended = command("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'a'}")
+        assert ended.code == 130
+        assert "interrupted; the same command with resume=auto" in ended.err
+        interrupt(patch, 0)
+        assert command("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'b'}").code == 130
+    assert not (tmp_path / "b").exists()  # it held nothing
+
+
 def test_newest_of_the_same_configuration(command: Command) -> None:
     """Neither a finished run, nor one with another seed, nor an older one."""
     runs = Path("outputs/toco_shapes")
@@ -126,8 +169,9 @@ def test_run_in_progress_is_left_alone(command: Command, tmp_path: Path) -> None
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     ended = command("train", *ARGUMENTS, f"hydra.run.dir={busy}", "resume=auto")
     os.close(descriptor)
-    assert ended.code == 2
+    assert ended.code == 1
     assert "in use by another process" in ended.err
+    assert busy.exists()
 
 
 def test_sweep_goes_on(command: Command, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -43,12 +43,8 @@ class FiniteLoss(pl.Callback):
         for step, terms in pending:
             bad = {key: float(term) for key, term in terms.items() if not torch.isfinite(term)}
             if bad:
-                saved = [
-                    c.last_model_path or c.best_model_path
-                    for c in trainer.checkpoint_callbacks
-                    if isinstance(c, ModelCheckpoint)
-                ]
-                last = next(filter(None, saved), None)
+                saved = [c.path for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint) and c.step > 0]
+                last = next(iter(saved), None)
                 raise RunError(
                     f"the loss is not finite at step {step} ({', '.join(f'{k} = {v}' for k, v in bad.items())}); "
                     + (f"the last good checkpoint is {last}" if last else "no checkpoint was saved before")
@@ -129,7 +125,7 @@ class CSVLog(Logger):
     @rank_zero_only
     def keep(self, rows: int) -> None:
         """Start with the first rows of what is there; the others belong to steps that will be made again."""
-        kept = self._read()[:rows]
+        kept = self._read()[:rows] if rows else []
         # as many columns as these rows fill, in the order in which they came
         self.columns = list(dict.fromkeys(key for row in kept for key, value in row.items() if value != ""))
         self._write(kept)
@@ -166,7 +162,7 @@ class CSVLog(Logger):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: after each evaluation, or every so many batches where nothing is evaluated, and at the end.
+    """Keeps `last.ckpt`: after each evaluation, or every so many steps where nothing is evaluated, and at the end.
 
     After, so that a run that goes on from it has nothing to evaluate again, and knows the best checkpoint so far.
     """
@@ -182,7 +178,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every is not None and (batch_idx + 1) % self.every == 0:
+        if self.every is not None and (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches) == 0:
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

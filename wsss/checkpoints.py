@@ -27,7 +27,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]  # without torch's advice
         raise InputError(f"checkpoint {path} cannot be read as a file of tensors and plain values: {reason}") from error
     inner = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(inner, dict) and inner and all(isinstance(value, Tensor) for value in inner.values()):

@@ -38,9 +38,11 @@ PATH_KEYS = {
     "masks",
     "out",
     "root",
+    "sbd_md5",
     "sbd_url",
     "train",
     "val",
+    "voc_md5",
     "voc_url",
     "weights",
 }
@@ -96,6 +98,8 @@ def run_command(
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
     except (InputError, HydraException, OmegaConfBaseException) as error:
         failures.append(_say(name, explain(error, name, arguments), 2))
+    except KeyboardInterrupt:
+        failures.append(_say(name, "interrupted", 130))
     except BrokenPipeError:  # the reader of our output has closed it, `wsss-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if failures:
@@ -118,6 +122,13 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
         try:
             check_choices()
             return task(cfg)
+        except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the one of the other; both end a sweep
+            if ours and not any(out.rglob("*.ckpt")):
+                _remove_run(out)
+            terminated = type(error).__name__ == "SIGTERMException"
+            goes_on = "; the same command with resume=auto goes on with it" if any(out.rglob("*.ckpt")) else ""
+            said = "terminated" if terminated else "interrupted"
+            sys.exit(_say(name, said + goes_on, 143 if terminated else 130))
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
@@ -238,9 +249,20 @@ def plain(node: DictConfig, key: str = "") -> dict[str, Any]:
 
 
 def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values with existing paths made absolute, so that they hold from any working directory."""
+    """The same values with paths made absolute, so that they hold from any working directory.
+
+    A name of something in `root`, or of a list without its suffix, stays a name, as the data sets look there first.
+    """
+
+    def is_path(key: str, value: Any) -> bool:
+        if key not in PATH_KEYS or not isinstance(value, str) or not os.path.exists(os.path.expanduser(value)):
+            return False
+        if key in ("train", "val") and not value.endswith(".txt"):
+            return False
+        return key == "root" or not os.path.exists(os.path.join(os.path.expanduser(values.get("root") or ""), value))
+
     return {
-        key: os.path.abspath(value) if key in PATH_KEYS and isinstance(value, str) and os.path.exists(value) else value
+        key: os.path.abspath(os.path.expanduser(value)) if is_path(key, value) else value
         for key, value in values.items()
     }
 

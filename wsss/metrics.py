@@ -55,6 +55,8 @@ class Protocol:
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
         cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, {self.image_labels} image labels, no CRF"
         best = f"{cam}, best threshold of 0 to 0.99, chosen with these masks"
+        if background_threshold < 0:  # then nothing is chosen
+            best = f"{cam}, no background"
         cam += f", threshold {background_threshold:g}" if background_threshold >= 0 else ", no background"
         seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({self.fusion})"
         seg += "" if self.flip == "none" else f" with flip ({self.flip})"

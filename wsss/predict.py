@@ -24,10 +24,11 @@ def predict(cfg: DictConfig) -> int:
     from wsss.refine.cam import cam_to_label, resize
     from wsss.report import colour_map, overlay, progress
 
-    if not isinstance(cfg.max_side, int) or cfg.max_side < 1:
-        raise InputError(f"max_side is {cfg.max_side!r}: expected a whole number of pixels")
-    paths = find_images(Path(cfg.images).expanduser())
+    for key, least in (("max_side", 1), ("num_workers", 0)):
+        if not isinstance(cfg[key], int) or cfg[key] < least:
+            raise InputError(f"{key} is {cfg[key]!r}: expected a whole number of at least {least}")
     out = Path(cfg.out).expanduser()
+    paths = find_images(Path(cfg.images).expanduser(), leave_out=out if out.is_dir() else None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,7 +51,8 @@ def predict(cfg: DictConfig) -> int:
             failed.append(image)
             continue
         size = image.shape[:2]
-        work = [max(1, round(side * min(1, cfg.max_side / max(size)))) for side in size]
+        # a long strip keeps enough of its short side for a patch
+        work = [max(min(side, 32), round(side * min(1, cfg.max_side / max(size)))) for side in size]
         photo = tensor[None].to(device)
         if max(size) > cfg.max_side:
             photo = F.interpolate(photo, size=work, mode="bilinear", antialias=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from wsss import InputError
-from wsss.config import build, plain, run_command
+from wsss.config import build, check_arguments, plain, run_command
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -30,6 +30,7 @@ def check(cfg: DictConfig) -> int:
     """Open every image and mask, print what there is, and refuse what training would; returns the images seen."""
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     problems: list[str] = []
@@ -40,16 +41,21 @@ def check(cfg: DictConfig) -> int:
         everything, problems = survey_folder(cfg)
         if problems:  # then the data set would refuse, and nothing would be seen
             sets = {"all": lambda: everything}
+        elif cfg.dataset.val == "all" and cfg.dataset.train is None:
+            del sets["train"]  # as in an evaluation
     counts: dict[str, Counter[str]] = {}
     sizes: list[tuple[int, int]] = []
     classes: tuple[str, ...] = ()
+    lengths: dict[str, int] = {}
+    ids: list[str] = []
     for split, make in sets.items():
         try:
             images = make()
         except InputError as error:
             problems += [str(error)] if str(error) not in problems else []
             continue
-        classes = images.classes
+        classes, lengths[split] = images.classes, len(images)
+        ids += getattr(images, "ids", [])
         seen, bad = look(images, split, cfg.num_workers)
         problems += bad
         sizes += [item["size"] for item in seen.values()]
@@ -58,15 +64,19 @@ def check(cfg: DictConfig) -> int:
         problems += unnamed(list(seen.values()), classes)
         counts[split] = found + Counter({"(no class)": empty, "(images)": len(seen)})
     if counts:
-        table = Table(title=f"{cfg.dataset.get('root', 'drawn')}: images of each class", title_justify="left")
+        title = escape(f"{cfg.dataset.get('root', 'drawn')}: images of each class")
+        table = Table(title=title, title_justify="left")
         table.add_column("class")
         for split in counts:
             table.add_column(split, justify="right")
         for name in (*classes, "(no class)", "(images)"):
-            table.add_row(name, *(str(count[name]) for count in counts.values()))
+            table.add_row(escape(name), *(str(count[name]) for count in counts.values()))
         Console().print(table)
-        if "val" in counts and not counts["val"]["(images)"]:
-            print("nothing to evaluate on: training will leave the evaluation out (dataset.val names what to use)")
+        if lengths.get("val") == 0:
+            unseen = ", and masks were not looked at" if cfg.dataset.get("masks") else ""
+            print(f"nothing to evaluate on (dataset.val names what to use): training will leave it out{unseen}")
+        if twice := len(ids) - len(set(ids)):
+            print(f"{twice} images are both trained and evaluated on")
         for name in classes:
             if "train" in counts and not counts["train"][name]:
                 print(f"no training image shows {name}: nothing can be learnt about it")
@@ -106,17 +116,22 @@ MOST_SHOWN = 50
 
 
 def survey_folder(cfg: DictConfig) -> tuple["Images", list[str]]:
-    """All images of a folder, and what its labels and files leave out of each other."""
-    from wsss.data.folder import Surveyed, survey
+    """All images of a folder, and what its labels and files leave out of each other as far as that matters."""
+    from wsss.data.folder import Folder, Surveyed, choose, survey
 
     values = plain(cfg.dataset, "dataset")
+    check_arguments(Folder, values, "dataset", given=("split",))
     found = survey(*(values[key] for key in ("root", "labels", "masks", "classes")))
     print(
         f"{found.root}: {len(found.images)} images, {len(found.classes)} classes, labels from {found.source}; "
         f"{len(found.negatives)} images without any class"
     )
-    problems = [f"the image {name} has no entry in the labels" for name in found.unlabelled]
-    return Surveyed(found), [*problems, *(f"the labels name {name}, which is no image" for name in found.missing)]
+    chosen, everything = choose(found, values["train"], values["val"], values["seed"])
+    used = {*chosen["train"], *chosen["val"]}
+    unlabelled = [name for name in found.unlabelled if everything or name in used]
+    problems = [f"the image {name} has no entry in the labels" for name in unlabelled]
+    missing = found.missing if everything else ()
+    return Surveyed(found), [*problems, *(f"the labels name {name}, which is no image" for name in missing)]
 
 
 def look(images: "Images", what: str, num_workers: int) -> tuple[dict[int, dict[str, Any]], list[str]]:
@@ -124,6 +139,8 @@ def look(images: "Images", what: str, num_workers: int) -> tuple[dict[int, dict[
     from wsss.data.datamodule import look_through
     from wsss.report import progress
 
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise InputError(f"num_workers is {num_workers!r}: expected a whole number of at least 0")
     items = list(progress(look_through(images, num_workers), len(images), f"opening {what}"))
     seen = {index: item for index, item in enumerate(items) if not isinstance(item, str)}
     return seen, [item for item in items if isinstance(item, str)]

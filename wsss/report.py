@@ -12,6 +12,7 @@ import numpy as np
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -29,12 +30,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title: str) -> None:
     """A table of figures, each with the protocol it was measured under."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("measured on")
     for key, value in figures.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value), notes.get(key, ""))
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(escape(key), shown, escape(notes.get(key, "")))
     Console().print(table)
 
 
@@ -112,12 +114,12 @@ class SweepTable(Callback):
             jobs.append((overrides, json.loads(metrics.read_text()) if metrics.exists() else {}))
         varied = [k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1]
         keys = [key for key in SUMMARY if any(key in values for _, values in jobs)]
-        table = Table(title=f"sweep {directory}", title_justify="left")
+        table = Table(title=escape(f"sweep {directory}"), title_justify="left")
         for key in (*varied, *keys):  # short names: eight columns have to fit a terminal
             table.add_column(".".join(key.removeprefix("val/").split(".")[-2:]), justify="right", overflow="fold")
         for overrides, values in jobs:
             cells = [_cell(values.get(key)) if values else "failed" for key in keys]
-            table.add_row(*(overrides.get(key, "") for key in varied), *cells)
+            table.add_row(*(escape(overrides.get(key, "")) for key in varied), *cells)
         Console().print(table)
 
 

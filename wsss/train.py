@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from wsss import InputError, __version__
+from wsss import InputError, RunError, __version__
 from wsss.config import absolute_paths, build, call, plain, run_command
 
 if TYPE_CHECKING:
@@ -62,9 +62,15 @@ def train(cfg: DictConfig) -> float | None:
     method.protocol = build_protocol(cfg)
     if not data.has_background:
         method.without_background()
-    figures_known = [f"val/{key}" for key in method.metrics]
+    figures_known = [f"val/{key}" for key in method.metrics if data.has_masks or key.endswith("map")]
     if cfg.monitor not in figures_known:
-        raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}: {', '.join(figures_known)}")
+        without = "" if data.has_masks else " without masks"
+        known = ", ".join(figures_known)
+        raise InputError(f"monitor={cfg.monitor} is not a figure of {choices['method']}{without}: known are {known}")
+    if (out / "run.json").exists() and json.loads((out / "run.json").read_text()).get("data") != data.fingerprint:
+        raise InputError(
+            f"the images or classes of the data set are not those that {out} began with: restore them, or start anew"
+        )
 
     method.origin = {
         "method": choices["method"],
@@ -103,7 +109,7 @@ def train(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         if not (out / "run.json").exists():
             (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-            write_json(out / "run.json", provenance(cfg, list(run.overrides.task)))
+            write_json(out / "run.json", provenance(cfg, list(run.overrides.task)) | {"data": data.fingerprint})
         if skipped:
             write_skipped(out, skipped)
         parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
@@ -135,7 +141,8 @@ def choose_run(cfg: DictConfig, out: Path) -> Path:
     It is locked until this process ends, however it ends.
 
     Raises:
-        InputError: the directory is in use, or holds a run of another configuration.
+        InputError: the directory holds a run already, or one of another configuration.
+        RunError: another process is at work there.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # another process of a run whose first one has chosen
         return Path(os.environ.get("WSSS_RUN_DIR", out))
@@ -154,7 +161,7 @@ def choose_run(cfg: DictConfig, out: Path) -> Path:
     elif (out / "run.json").exists():
         raise InputError(f"{out} already holds a run: give another hydra.run.dir, add resume=auto, or remove it")
     if not lock(out):
-        raise InputError(f"{out} is in use by another process: wait for its end, or give another hydra.run.dir")
+        raise RunError(f"{out} is in use by another process: wait for its end, or give another hydra.run.dir")
     os.environ["WSSS_RUN_DIR"] = str(out)
     return out
 
@@ -211,7 +218,8 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         InputError: a number out of range.
     """
-    for key, least in (("seed", 0), ("trainer.max_steps", 1), ("trainer.val_check_interval", 1)):
+    intervals = ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps")
+    for key, least in (("seed", 0), *((key, 1) for key in intervals)):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")

@@ -395,7 +395,11 @@ def gather(rows: list[tuple[str, set[str]]], order: list[str] | None = None, spl
 
 
 def csv_reference(data: bytes) -> Content:
-    table = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True) if row]
+    table = [
+        row
+        for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True, skipinitialspace=True)
+        if row
+    ]
     want(table and not set(table[0][0]) & {";", "\t"})
     header = [plain(cell) for cell in table[0]]
     want(len(set(header)) == len(header) and "file" in header)

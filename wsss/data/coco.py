@@ -1,5 +1,6 @@
 """COCO 2014. Its masks are drawn by `build_masks` of wsss.data.instances, which stands here as well."""
 
+import os
 import re
 import reprlib
 import uuid
@@ -171,7 +172,8 @@ def _load_labels(path: Path) -> dict[str, np.ndarray]:
 def _json_labels(path: Path) -> dict[str, np.ndarray]:
     """Labels of every image of an instances JSON: the categories of its annotations, crowds included."""
     cache = path.with_suffix(".labels.txt")
-    if cache.exists() and cache.stat().st_mtime_ns > path.stat().st_mtime_ns:
+    written = path.stat().st_mtime_ns
+    if cache.exists() and cache.stat().st_mtime_ns == written:
         return dict(zip(*_read_label_list(cache), strict=True))
     photos, values, names = read_head(path)
     if names != COCO_CLASSES:
@@ -191,4 +193,5 @@ def _json_labels(path: Path) -> dict[str, np.ndarray]:
     lines = (" ".join([i, *map(str, np.flatnonzero(row))]) for i, row in zip(ids, labels, strict=True))
     with suppress(InputError):  # a root that cannot be written to works as well, only slower
         write_whole(cache, "".join(f"{line}\n" for line in lines).encode(), uuid.uuid4().hex)  # ranks may write at once
+        os.utime(cache, ns=(written, written))  # so that another file, an older one too, is told from this one
     return dict(zip(ids, labels, strict=True))

@@ -1,5 +1,6 @@
 """One DataModule for every data set."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from wsss import InputError
 from wsss.data.transforms import FlipCrop, Views
@@ -31,6 +32,9 @@ class Part(Subset[dict[str, Any]]):
         super().__init__(cast(Dataset[dict[str, Any]], source), indices)
         self.classes = source.classes
         self.has_background: bool = getattr(source, "has_background", True)
+        self.masks = getattr(source, "masks", ())
+        if hasattr(source, "ids"):
+            self.ids = [source.ids[index] for index in indices]
 
 
 class _Looks(Dataset[dict[str, Any] | str]):
@@ -173,6 +177,17 @@ class DataModule(pl.LightningDataModule):
         return Normalise(self.mean, self.std)
 
     @property
+    def has_masks(self) -> bool:
+        """Whether there is anything to compare a segmentation with."""
+        return self.val is not None and getattr(self.val, "masks", ()) is not None  # None: no image has one
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these classes and images from others, so that a run goes on only with its own."""
+        sets = [source and (len(source), getattr(source, "ids", None)) for source in (self.train, self.val)]
+        return hashlib.sha256(repr((self.classes, sets)).encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
     def train_size(self) -> int:
         return len(self.train) if self.train is not None else 0
 
@@ -223,11 +238,20 @@ class Normalise:
     """Colours 0..255 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+        self.mean, self.std = (np.array(values, np.float32) for values in (mean, std))
+        self.tables = (np.arange(256, dtype=np.float32) / 255 - self.mean[:, None]) / self.std[:, None]  # (3, 256)
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(image.copy(order="C")).permute(2, 0, 1).float()
-        return tensor.div_(255).sub_(self.mean).div_(self.std)
+        result = np.empty((3, *image.shape[:2]), np.float32)
+        planes = cv2.split(image) if image.dtype == np.uint8 else image.transpose(2, 0, 1)
+        for plane, out, table, mean, std in zip(planes, result, self.tables, self.mean, self.std, strict=True):
+            if plane.dtype == np.uint8:
+                cv2.LUT(plane, table, dst=out)
+            else:
+                np.divide(plane, 255, out=out)
+                np.subtract(out, mean, out=out)
+                np.divide(out, std, out=out)
+        return torch.from_numpy(result)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,4 +274,3 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _one_thread(worker: int) -> None:
     cv2.setNumThreads(0)  # a worker is one of several: OpenCV's own threads would only compete
-    assert get_worker_info() is not None

@@ -41,8 +41,8 @@ class Photographs(Dataset[tuple[Any, Any]]):
 def find_images(folder: Path, key: str = "images", leave_out: Path | None = None) -> dict[Path, Path]:
     """Relative path -> path of every image below a folder, in order.
 
-    Hidden files and folders and the folder `leave_out` are not looked at; links to folders are followed, and no
-    folder is entered twice. `key` is what a message calls the folder.
+    Hidden files and folders, run directories and the folder `leave_out` are not looked at; links to folders are
+    followed, and no folder is entered twice. `key` is what a message calls the folder.
     """
     if not folder.is_dir():
         raise InputError(f"{key}={folder} is not a folder: give the folder of your photographs")
@@ -53,6 +53,9 @@ def find_images(folder: Path, key: str = "images", leave_out: Path | None = None
             folders.clear()
             continue
         entered.add(_identity(place))
+        if "run.json" in files:  # what a training or an evaluation has left
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(place, name) for name in files if not name.startswith("."))
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
@@ -145,12 +148,6 @@ class Survey:
     def negatives(self) -> tuple[str, ...]:
         """The ids of images whose entry names no class."""
         return tuple(image_id for image_id, present in self.present.items() if not present)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Class name -> number of images that show the class."""
-        count = Counter(c for present in self.present.values() for c in present)
-        return {name: count[c] for c, name in enumerate(self.classes)}
 
 
 def survey(

@@ -190,7 +190,7 @@ def _read_csv(path: Path, data: bytes, given: Sequence[str] | None) -> Labels:
     """A table with the columns file and labels, or file and one of 0/1 per class; split may stand in both."""
     with reading(path, "image-level labels", f"give {FORMATS}"):
         text = data.decode("utf-8-sig")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows: list[tuple[str, list[str]]] = []  # with where they stand
     try:
         for row in reader:

@@ -66,6 +66,9 @@ class ViTEncoder(nn.Module):
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens after the position embedding, (B, 1 + h*w, D) with the class token first, and (h, w)."""
+        if min(image.shape[-2:]) < self.patch_size:
+            height, width = image.shape[-2:]
+            raise InputError(f"an image of {width}x{height} pixels is smaller than one patch of {self.patch_size}")
         patches = self.vit.patch_embed.proj(image)  # (B, D, h, w)
         h, w = patches.shape[-2:]
         class_token, position = self.vit.cls_token, self.vit.pos_embed
