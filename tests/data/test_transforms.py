@@ -9,9 +9,10 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as vision
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter
 
 from wsss import InputError
+from wsss.data import pixels
 from wsss.data.datamodule import Normalise
 from wsss.data.transforms import (
     Blur,
@@ -20,7 +21,10 @@ from wsss.data.transforms import (
     RandAugmentCrop,
     ResizedCrop,
     ToCoViews,
+    mirror,
+    posterize,
     random_crop,
+    scale_image,
 )
 
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
@@ -68,6 +72,62 @@ def test_blur_and_resized_crop_are_pils_and_torchvisions() -> None:
         expected = vision.resized_crop(image, top, left, height, width, (40, 40), T.InterpolationMode.BICUBIC)
         found = ResizedCrop((40, 40)).apply(PHOTOGRAPH, (left, top, left + width, top + height))
         assert (found == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("steps", [-25, 0, 1, 25])
+def test_hues_turn_as_in_pil(steps: int) -> None:
+    some = np.random.default_rng(1).integers(0, 256, (1000, 500, 3), np.uint8)
+    some[:500] >>= 5  # two or three channels are often the same, and none is far from black
+    hue, *rest = Image.fromarray(some).convert("HSV").split()
+    hue = hue.point([(value + steps) % 256 for value in range(256)])
+    assert (pixels.turn_hue(some, steps) == np.asarray(Image.merge("HSV", (hue, *rest)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 300), (150, 1), (61, 113)])
+def test_pixels_of_all_sizes_are_pils(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(2)
+    image = rng.integers(0, 256, (*shape, 3), np.uint8)
+    picture = Image.fromarray(image)
+    for factor in (0.0, 0.31, 1.0, 1.77):
+        assert (pixels.brightness(image, factor) == np.asarray(ImageEnhance.Brightness(picture).enhance(factor))).all()
+        assert (pixels.contrast(image, factor) == np.asarray(ImageEnhance.Contrast(picture).enhance(factor))).all()
+    for radius in (0.1, 1.4, 1.5, 2.3, 5.0):
+        assert (pixels.blur(image, radius) == np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)))).all()
+    for _ in range(30):
+        height, width = (side + int(rng.integers(2 * side)) for side in shape)
+        (top, bottom), (left, right) = (sorted(rng.choice(side + 1, 2, replace=False)) for side in (height, width))
+        whole = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+        part = pixels.enlarge_part(image, (height, width), slice(top, bottom), slice(left, right))
+        assert (part == whole[top:bottom, left:right]).all()
+
+
+def test_toco_cuts_its_window_from_the_whole_scaled_image() -> None:
+    views = ToCoViews(crop_size=70, scale=(0.5, 2.0))
+    for transform in (*views.main, *views.local):
+        transform.p = 0.0
+    for seed in range(40):
+        found, rng = views(PHOTOGRAPH, np.random.default_rng(seed)), np.random.default_rng(seed)
+        scaled = scale_image(PHOTOGRAPH, rng.uniform(0.5, 2.0))
+        expected, box = random_crop(mirror(scaled) if rng.random() < 0.5 else scaled, 70, rng)
+        if rng.random() < 0.5:  # the flip that the views share
+            expected, box = mirror(expected), np.array([box[0], box[1], 70 - box[3], 70 - box[2]])
+        assert (found["image"] == expected).all()
+        assert (found["local_source"] == expected).all()
+        assert (found["image_box"] == box).all()
+
+
+def test_normalise_gives_the_formula_for_whole_numbers_and_floats() -> None:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalise = Normalise(mean.tolist(), std.tolist())
+    untouchable = PHOTOGRAPH[:, ::-1]
+    untouchable.flags.writeable = False
+    for image in (PHOTOGRAPH, untouchable, PHOTOGRAPH.astype(np.float32), untouchable.astype(np.float32) * 1.3):
+        before = image.copy()
+        found = normalise(image)
+        expected = (torch.tensor(before).float() / 255 - mean) / std
+        assert torch.equal(found, expected.permute(2, 0, 1))
+        assert found.is_contiguous()
+        assert (image == before).all()
 
 
 def uniform(values: Sequence[float] | np.ndarray, low: float, high: float) -> None:
@@ -167,7 +227,7 @@ def test_crops_of_a_larger_image_lie_anywhere() -> None:
             share(corners[:, axis] == place, 1 / places)
 
 
-def pixels(**arguments: Any) -> list[dict[str, np.ndarray]]:
+def uncoloured(**arguments: Any) -> list[dict[str, np.ndarray]]:
     """Many crops of a photograph of 60 x 90 without any change of colour."""
     transform = LongSideCrop(jitter=(0, 0, 0, 0), **arguments)
     rng = np.random.default_rng(7)
@@ -175,7 +235,7 @@ def pixels(**arguments: Any) -> list[dict[str, np.ndarray]]:
 
 
 def test_long_side_is_uniform_and_keeps_the_aspect() -> None:
-    boxes = np.array([views["image_box"] for views in pixels(crop_size=100, long_side=(45, 90))])
+    boxes = np.array([views["image_box"] for views in uncoloured(crop_size=100, long_side=(45, 90))])
     heights, widths = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
     assert widths.min() >= 45
     assert widths.max() <= 90
@@ -191,7 +251,7 @@ def test_long_side_is_uniform_and_keeps_the_aspect() -> None:
 
 def test_padding_is_zero_once_normalised() -> None:
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    for views in pixels(crop_size=100, long_side=(45, 90))[:20]:
+    for views in uncoloured(crop_size=100, long_side=(45, 90))[:20]:
         image, (top, bottom, left, right) = normalise(views["image"]), views["image_box"]
         inside = torch.zeros(100, 100, dtype=torch.bool)
         inside[top:bottom, left:right] = True
@@ -234,6 +294,15 @@ def test_randaugment_without_policy_is_a_resized_crop() -> None:
     )  # aspects other than 1 do not fit into the whole area, and timm then takes all of it
     assert abs(upright - 0.5) < 0.11
     assert upright + mirrored == 1
+
+
+def test_posterize_to_no_bits_is_black() -> None:
+    image = Image.fromarray(PHOTOGRAPH)
+    assert not np.asarray(posterize(image, 0)).any()
+    assert (np.asarray(posterize(image, 3)) == PHOTOGRAPH & 0b11100000).all()
+    strongest = RandAugmentCrop(crop_size=8, auto_augment="rand-m10-inc1")
+    for seed in range(150):  # one in fifteen posterizes, to no bits
+        strongest(PHOTOGRAPH, np.random.default_rng(seed))
 
 
 def test_erased_rectangles_hold_normal_noise() -> None:

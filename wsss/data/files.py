@@ -30,7 +30,8 @@ def reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
     """Parsers of foreign bytes raise nearly everything (struct.error, SyntaxError, MemoryError, ...)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Pillow refuses twice as many pixels, some 180 million, by itself; cameras have 100 million
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except InputError:
         raise
@@ -46,9 +47,11 @@ def read_image(path: PathLike) -> np.ndarray:
     EXIF orientation is applied and transparency is laid on white. Of 16-bit grey (and 32-bit integers, taken
     as 16-bit) the high byte is kept; floats are taken as 0..1, or as 0..255 if any is above 1.
     """
-    advice = "replace it, or take it out of the list"
-    with reading(path, "an image", advice), Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
+    advice = "replace it, leave it out, or train with on_bad_image=skip"
+    # a file object keeps Pillow from mapping the file, which scrambles an uncompressed TIFF that lies on its side
+    with reading(path, "an image", advice), open(path, "rb") as file, Image.open(file) as opened:
+        image: Image.Image = opened
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         elif image.mode == "F":
@@ -60,7 +63,7 @@ def read_image(path: PathLike) -> np.ndarray:
             if "A" in image.getbands() or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 

@@ -9,13 +9,16 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageOps
 
 from wsss import InputError
+from wsss.data import pixels
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
@@ -23,34 +26,49 @@ import albumentations as A
 from timm.data import create_transform
 
 Views = dict[str, np.ndarray]
+BLACK = np.zeros(3, np.uint8)
+
+
+def scaled_size(image: np.ndarray, ratio: float) -> tuple[int, int]:
+    """Height and width of an image resized by a factor."""
+    h, w = image.shape[:2]
+    return max(1, int(ratio * h)), max(1, int(ratio * w))
 
 
 def scale_image(image: np.ndarray, ratio: float) -> np.ndarray:
     """Resize by a factor, bilinear with PIL's antialiasing."""
-    h, w = image.shape[:2]
-    size = (max(1, int(ratio * w)), max(1, int(ratio * h)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).resize(scaled_size(image, ratio)[::-1], Image.Resampling.BILINEAR))
+
+
+def place_window(height: int, width: int, size: int, rng: np.random.Generator) -> tuple[slice, slice, np.ndarray]:
+    """A square window of a canvas that holds an image at a random place: rows, columns and box of what it shows."""
+    canvas_height, canvas_width = max(size, height), max(size, width)
+    y, x = rng.integers(canvas_height - height + 1), rng.integers(canvas_width - width + 1)  # of the image
+    top, left = rng.integers(canvas_height - size + 1), rng.integers(canvas_width - size + 1)  # of the window
+    box = np.clip(np.array([y - top, y + height - top, x - left, x + width - left], np.int64), 0, size)
+    return slice(box[0] + top - y, box[1] + top - y), slice(box[2] + left - x, box[3] + left - x), box
+
+
+def pad(part: np.ndarray, box: np.ndarray, size: int, fill: np.ndarray) -> np.ndarray:
+    """The window of which the box shows a part of an image and the rest one colour, whose kind of number it has."""
+    top, bottom, left, right = box
+    window = np.empty((size, size, 3), fill.dtype)
+    if part.shape != window.shape:
+        window[:] = np.tile(fill, (size, 1))
+    window[top:bottom, left:right] = part
+    return window
 
 
 def random_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator, fill: Sequence[float] = (0, 0, 0)
+    image: np.ndarray, size: int, rng: np.random.Generator, fill: np.ndarray = BLACK
 ) -> tuple[np.ndarray, np.ndarray]:
     """A square window of a canvas of one colour that holds the image at a random place; the image's box in it."""
-    h, w = image.shape[:2]
-    height, width = max(size, h), max(size, w)
-    y, x = rng.integers(height - h + 1), rng.integers(width - w + 1)  # of the image on the canvas
-    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)  # of the window on the canvas
-    rows = np.clip([y - top, y + h - top], 0, size)
-    cols = np.clip([x - left, x + w - left], 0, size)
-    window = np.full((size, size, 3), fill, image.dtype)
-    window[rows[0] : rows[1], cols[0] : cols[1]] = image[
-        rows[0] + top - y : rows[1] + top - y, cols[0] + left - x : cols[1] + left - x
-    ]
-    return window, np.array([*rows, *cols], np.int64)
+    rows, columns, box = place_window(image.shape[0], image.shape[1], size, rng)
+    return pad(image[rows, columns], box, size, fill), box
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-    return image[:, ::-1]
+    return cv2.flip(image, 1)
 
 
 def mirror_box(box: np.ndarray, width: int) -> np.ndarray:
@@ -84,7 +102,7 @@ class FlipCrop:
         return {"image": window, "image_box": box}
 
 
-# Drawn by albumentations, painted by PIL as in the papers' code: OpenCV knows 180 hues, extends borders in another way,
+# Drawn by albumentations, painted as by PIL in the papers' code: OpenCV knows 180 hues, extends borders in another way,
 # and its bicubic filter is another one that aliases.
 
 
@@ -101,19 +119,16 @@ class Jitter(A.ColorJitter):
         order: Sequence[int],
         **params: Any,
     ) -> np.ndarray:
-        picture = Image.fromarray(img)
         for index in order:
             if index == 0:
-                picture = ImageEnhance.Brightness(picture).enhance(brightness)
+                img = pixels.brightness(img, brightness)
             elif index == 1:
-                picture = ImageEnhance.Contrast(picture).enhance(contrast)
+                img = pixels.contrast(img, contrast)
             elif index == 2:
-                picture = ImageEnhance.Color(picture).enhance(saturation)
+                img = np.asarray(ImageEnhance.Color(Image.fromarray(img)).enhance(saturation))
             else:
-                angle, *rest = picture.convert("HSV").split()
-                angle = angle.point([(value + int(255 * hue)) % 256 for value in range(256)])
-                picture = Image.merge("HSV", (angle, *rest)).convert("RGB")
-        return np.asarray(picture)
+                img = pixels.turn_hue(img, int(255 * hue))
+        return img
 
 
 class Blur(A.GaussianBlur):
@@ -123,14 +138,15 @@ class Blur(A.GaussianBlur):
         return {"radius": self.py_random.uniform(*self.sigma_limit)}
 
     def apply(self, img: np.ndarray, radius: float, **params: Any) -> np.ndarray:
-        return np.asarray(Image.fromarray(img).filter(ImageFilter.GaussianBlur(radius)))
+        return pixels.blur(img, radius)
 
 
 class ResizedCrop(A.RandomResizedCrop):
     """Resized by PIL's antialiased bicubic filter."""
 
     def apply(self, img: np.ndarray, crop_coords: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        part = Image.fromarray(img).crop(crop_coords)
+        left, top, right, bottom = crop_coords
+        part = Image.fromarray(img[top:bottom, left:right])
         return np.asarray(part.resize(self.size[::-1], Image.Resampling.BICUBIC))
 
 
@@ -183,10 +199,16 @@ class ToCoViews:
         )
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
-        scaled = scale_image(image, rng.uniform(*self.scale))
-        if rng.random() < 0.5:
-            scaled = mirror(scaled)
-        window, box = random_crop(scaled, self.crop_size, rng)
+        ratio, mirrored = rng.uniform(*self.scale), rng.random() < 0.5
+        height, width = scaled_size(image, ratio)
+        rows, columns, box = place_window(height, width, self.crop_size, rng)
+        if mirrored:
+            columns = slice(width - columns.stop, width - columns.start)
+        if ratio > 1:
+            part = pixels.enlarge_part(image, (height, width), rows, columns)
+        else:
+            part = scale_image(image, ratio)[rows, columns]
+        window = pad(mirror(part) if mirrored else part, box, self.crop_size, BLACK)
         flips = rng.random(3) < 0.5
         if not self.released_behaviour:
             flips[1] = flips[0]
@@ -200,7 +222,7 @@ class ToCoViews:
         result = {"image_box": box}
         for (name, (compose, source)), flip in zip(views.items(), flips, strict=True):
             compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
-            result[name] = compose(image=np.ascontiguousarray(mirror(source) if flip else source))["image"]
+            result[name] = compose(image=mirror(source) if flip else source)["image"]
         return result
 
 
@@ -252,8 +274,8 @@ class LongSideCrop:
         if rng.random() < 0.5:
             image = mirror(image)
         self.colour.set_random_seed(int(rng.integers(2**31)))
-        image = self.colour(image=np.ascontiguousarray(image))["image"].astype(np.float32)
-        window, box = random_crop(image, self.crop_size, rng, fill=[255 * value for value in self.mean])
+        image = self.colour(image=image)["image"]
+        window, box = random_crop(image, self.crop_size, rng, np.array(self.mean, np.float32) * 255)
         return {"image": window, "image_box": box}
 
 
@@ -295,12 +317,23 @@ class RandAugmentCrop:
                 f"transform.auto_augment is {auto_augment!r}: expected one of timm's policies, such as "
                 "rand-m9-mstd0.5-inc1, or null"
             ) from error
+        for step in self.apply.transforms:
+            for operation in [*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))]:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = posterize
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
         with global_seed(int(rng.integers(2**31))):
-            view = self.apply(Image.fromarray(image)).permute(1, 2, 0).numpy()
+            view = self.apply(Image.fromarray(image))  # (3, h, w)
         # back to colours, floats because the noise leaves 0..255: the DataModule normalises
-        return {"image": ((view * self.std + self.mean) * 255).astype(np.float32)}
+        for plane, mean, std in zip(view, self.mean, self.std, strict=True):
+            plane.mul_(std).add_(mean).mul_(255)
+        return {"image": view.permute(1, 2, 0).numpy()}
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, which may keep 0 bits: black, which newer versions of PIL refuse."""
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 @contextmanager
