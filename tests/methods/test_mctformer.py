@@ -144,6 +144,26 @@ def test_class_tokens_start_from_those_of_the_backbone(tmp_path: Path) -> None:
     torch.testing.assert_close(table[:, 1::2, ::2], table[:, ::2, ::2])
 
 
+def test_a_wide_network_at_the_rate_of_a_narrow_one(tmp_path: Path) -> None:
+    """One step of AdamW moves the class logits by as much more as there are more channels; that is said."""
+    moved = []
+    for width in (32, 128):
+        torch.manual_seed(0)
+        method = build(backbone_args=SMALL | {"embed_dim": width})
+        optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
+        before = method(batch()["image"])["logits"].detach()
+        method.training_step(batch(), 0)["loss"].backward()
+        optimizer.step()
+        moved.append((method(batch()["image"])["logits"].detach() - before).abs().mean())
+    assert moved[1] > 2 * moved[0]
+    args = {key: value for key, value in SMALL.items() if key != "img_size"}
+    deit = timm.create_model("vit_tiny_patch16_224", img_size=32, **args)
+    torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")
+    rate = 6.25e-5 * 384 / SMALL["embed_dim"]
+    with pytest.warns(UserWarning, match=rf"2.0 times as fast as in the paper.* set method.lr={rate:.3g}"):
+        build(weights=str(tmp_path / "deit.pth"), lr=2 * rate)
+
+
 def test_files_that_are_mixed_up(tmp_path: Path) -> None:
     args = {key: value for key, value in SMALL.items() if key != "img_size"}
     deit = timm.create_model("vit_tiny_patch16_224", img_size=32, **args)

@@ -1,5 +1,6 @@
 """MCTformer: multi-class token transformer (Xu et al., CVPR 2022, arXiv 2203.02891; TPAMI 2024, arXiv 2308.03005)."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,10 @@ MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "root_fused": lambda attention, patch_cam: (attention * patch_cam).sqrt(),
 }
 """Localisation maps from class attention and patch CAM, both (B, C, h, w) and not negative."""
+
+
+PACE = 6.25e-5 * 384
+"""Learning rate times channels of the paper's DeiT-S."""
 
 
 class MCTformer(WSSSModule):
@@ -104,6 +109,14 @@ class MCTformer(WSSSModule):
                 without = " without patch_pooling" if patch_pooling is None else ""
                 raise InputError(f"{name} is {value!r}: expected{without} one of {', '.join(map(str, known))}")
         self.encoder = MCTEncoder(num_classes, backbone, weights, backbone_args, position)
+        pace = lr * self.encoder.embed_dim / PACE
+        if weights is not None and pace > 1.5:
+            warnings.warn(
+                f"class logits are means over the {self.encoder.embed_dim} channels of a token and move by lr x "
+                f"channels, {pace:.1f} times as fast as in the paper, with which wide networks are reported to "
+                f"collapse: set method.lr={lr / pace:.3g}",
+                stacklevel=2,
+            )
         depth = len(self.encoder.blocks)
         if not 1 <= attention_layers <= depth:
             raise InputError(f"attention_layers is {attention_layers}: {backbone} has {depth} blocks, use 1 to {depth}")
