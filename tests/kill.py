@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    import wsss.evaluate  # once for all runs
+    import wsss.commands.evaluate  # once for all runs
     import wsss.methods.base  # noqa: F401
 
     failed = False

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from official import mctformer_to_official, toco_to_official
 from PIL import Image
 from tiny import (
     MCTFORMER_OVERRIDES,
@@ -26,7 +27,6 @@ from tiny import (
 )
 
 from wsss import losses
-from wsss.checkpoints import mctformer_to_official, toco_to_official
 
 
 @pytest.fixture
@@ -379,6 +379,28 @@ def test_bad_checkpoints(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "nowhere" in fails(capsys, 2, f"checkpoint={path}", "images=/nowhere", "out=x", command="predict")
 
 
+def test_what_a_checkpoint_says_is_inert(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are options or refused, values are neither interpolated nor parsed."""
+    monkeypatch.setenv("SECRET", "a canary")
+    good = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    (tmp_path / "evil.yaml").write_text("_target_: os.getcwd\n")
+    cases = {
+        "../../evil": good | {"wsss": good["wsss"] | {"method": "../../evil"}},
+        "toco,cam": good | {"wsss": good["wsss"] | {"dataset": "toco,cam"}},
+        "${oc.env:SECRET}": good | {"hyper_parameters": good["hyper_parameters"] | {"backbone": "${oc.env:SECRET}"}},
+        "a b=[": good | {"wsss": good["wsss"] | {"dataset_values": {"split_": "a b=["}}},
+    }
+    for shown, content in cases.items():
+        torch.save(content, tmp_path / "x.ckpt")
+        sentence = fails(
+            capsys, 2, f"checkpoint={tmp_path / 'x.ckpt'}", f"hydra.run.dir={tmp_path / 'out'}", command="eval"
+        )
+        assert shown in sentence or "split_" in sentence
+        assert "canary" not in sentence
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +417,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 @pytest.mark.slow
 @pytest.mark.parametrize("argument", ["--help", "method.lrr=1"])
 def test_answers_at_once(argument: str) -> None:
-    code = "from wsss.train import main; main()"
+    code = "from wsss.commands.train import main; main()"
     times = []
     for _ in range(3):
         started = time.perf_counter()

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from wsss.config import arrange, config_dir, quote, values_of
+from wsss.commandline import order_arguments
+from wsss.config import config_dir, given_values, quote
 
 CONF = config_dir()
 GIVEN_BY_THE_COMMAND = {"method": {"num_classes", "classes"}, "dataset": {"split"}}
@@ -73,21 +74,21 @@ def test_the_paper_recipe_is_the_paper() -> None:
     ["a b", "x=1", "(1)", "{a}", "~/x", "grüße", "it's", 'say "hi"', "a,b", "2007_000032", "back\\slash", "end\\"],
 )
 def test_paths_reach_hydra_as_they_are(value: str) -> None:
-    (override,) = arrange([f"dataset.root={value}"])
+    (override,) = order_arguments([f"dataset.root={value}"])
     assert OverridesParser.create().parse_override(override).value() == value
-    assert values_of([override], "dataset.root") == [value]
+    assert given_values([override], "dataset.root") == [value]
 
 
 def test_sweeps_over_paths_stay_sweeps() -> None:
-    arguments = arrange(["dataset.root=/a b,/c=d", "-m"])
+    arguments = order_arguments(["dataset.root=/a b,/c=d", "-m"])
     assert arguments[0] == "-m"
-    assert values_of(arguments, "dataset.root") == ["/a b", "/c=d"]
+    assert given_values(arguments, "dataset.root") == ["/a b", "/c=d"]
 
 
 def test_options_come_first() -> None:
     given = ["method=toco", "--config-dir", "conf", "seed=1", "-m"]
-    assert arrange(["recipe=null"]) == ["~recipe"]
-    assert arrange(given) == ["--config-dir", "conf", "-m", "method=toco", "seed=1"]
+    assert order_arguments(["recipe=null"]) == ["~recipe"]
+    assert order_arguments(given) == ["--config-dir", "conf", "-m", "method=toco", "seed=1"]
 
 
 @pytest.mark.parametrize(

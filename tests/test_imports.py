@@ -8,35 +8,52 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-COMMANDS = {"train", "evaluate", "predict", "prepare"}
+GROUND = {"cam", "lattice", "optim", "writing"}
+COMMANDS = {
+    *GROUND, "assemble", "callbacks", "commandline", "config", "data", "evaluation", "methods", "networks", "outputs",
+    "predictor", "refine", "report", "runs",
+}  # fmt: skip
 LAYERS = {
-    **{
-        command: {"config", "methods", "data", "refine", "metrics", "checkpoints", "callbacks", "report", *COMMANDS}
-        for command in COMMANDS
-    },
-    "methods": {"methods", "networks", "refine", "losses", "metrics", "optim"},
-    "checkpoints": {"networks"},
-    "callbacks": {"metrics"},
-    "report": {"metrics"},
-    "networks": {"networks", "lattice"},
-    "refine": {"refine", "lattice"},
-    "losses": {"losses", "lattice"},
-    "data": {"data"},
-    "metrics": set(),
-    "optim": set(),
-    "lattice": set(),
+    "commands": COMMANDS,  # and none of commands
+    "commands/data": COMMANDS | {"prepare"},  # nothing else may: no training needs it
+    "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report"},
+    "predictor": {"assemble", "cam", "config", "data", "refine"},
+    "runs": {"config", "writing"},
+    "callbacks": {"writing"},
+    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam"},
+    "networks": {"networks", "cam"},
+    "losses": {"losses", "lattice", "cam"},
+    "refine": {"refine", "lattice", "cam"},
+    "data": {"data", *GROUND},
+    "prepare": {"prepare", "data", "writing"},
+    "evaluation": {"evaluation", *GROUND},
+    "outputs": {"outputs", "report", "evaluation", "writing"},
+    "report": {"report", "evaluation", "writing"},
     "config": set(),
-    "__init__": set(),
+    "commandline": {"config"},
+    **{file: set() for file in GROUND},
+    "__init__": {"predictor"},
 }
+"""By the name of a file or of its folder."""
+
 OUTSIDE = {
-    "hydra": {"config", "report", *COMMANDS},
+    "hydra": {"config", "commandline", "commands"},
     "albumentations": {"data/transforms"},
-    "pytorch_lightning": {"methods", "data", "callbacks", *COMMANDS},
-    "timm": {"networks", "train", "data/transforms"},
+    "pytorch_lightning": {"methods", "data/datamodule", "callbacks", "assemble", "runs", "commands"},
+    "timm": {"networks", "runs", "data/transforms"},
     "wandb": set(),
-    "pydensecrf": {"refine"},
+    "pydensecrf": {"refine/crf"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def layer_of(path: Path) -> str:
+    name = name_of(path)
+    return name if name in LAYERS else name.partition("/")[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -57,30 +74,52 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module or "")
+            if node.module == "wsss":  # perhaps a module of it
+                found |= {f"wsss.{alias.name}" for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_layers(path: Path) -> None:
-    module = path.relative_to(PACKAGE).with_suffix("")
-    layer = module.parts[0]
+    layer = layer_of(path)
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "wsss" and len(parts) > 1:
-            assert parts[1] in LAYERS[layer], f"{module} imports {name}"
-        elif parts[0] in OUTSIDE:
-            assert {layer, str(module)} & OUTSIDE[parts[0]], f"{module} imports {name}"
+        first, _, rest = name.partition(".")
+        if first == "wsss" and rest:
+            assert rest.partition(".")[0] in LAYERS[layer], f"{name_of(path)} imports {name}"
+        elif first in OUTSIDE:
+            assert {layer, name_of(path)} & OUTSIDE[first] or layer.partition("/")[0] in OUTSIDE[first], (
+                f"{name_of(path)} imports {name}"
+            )
 
 
 def test_every_file_belongs_to_a_layer() -> None:
-    assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES} <= LAYERS.keys()
+    assert {layer_of(path) for path in FILES} <= LAYERS.keys()
+
+
+def test_only_the_command_that_prepares_imports_preparation() -> None:
+    users = {name_of(path) for path in FILES if any(name.startswith("wsss.prepare") for name in imports(path))}
+    assert {user for user in users if not user.startswith("prepare/")} == {"commands/data"}
+
+
+def test_pixels_enter_in_one_place() -> None:
+    """Of all that loads data only one file knows the key under which pixels may supervise a training."""
+    knowing = {
+        name_of(path)
+        for path in FILES
+        if layer_of(path) in ("data", "assemble", "commands")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == "pseudo_mask"
+    }
+    assert knowing == {"data/pseudo"}
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("wsss.losses", ("pytorch_lightning", "timm", "hydra", "wsss.methods")),
-        ("wsss.train", ("torch", "pytorch_lightning", "timm", "cv2", "PIL")),
+        ("wsss", ("torch", "numpy", "hydra")),
+        ("wsss.losses", ("pytorch_lightning", "timm", "hydra", "PIL", "wsss.methods")),
+        ("wsss.commands.train", ("torch", "pytorch_lightning", "timm", "cv2", "PIL")),
+        ("wsss.runs", ("torch", "pytorch_lightning", "wsss.methods")),
         ("wsss.methods.toco", ("hydra", "albumentations")),
     ],
 )

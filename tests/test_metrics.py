@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from wsss import InputError
-from wsss.metrics import CamIoU, ClassificationMAP, ImageMAP, Protocol, SegmentationIoU, evaluation, figures_of
+from wsss.evaluation.metrics import CamIoU, ClassificationMAP, ImageMAP, SegmentationIoU, evaluation, figures_of
+from wsss.evaluation.protocol import Protocol
 
 
 def iou_reference(predictions: np.ndarray, targets: np.ndarray, num_ids: int) -> list[float]:

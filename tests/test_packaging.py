@@ -26,12 +26,12 @@ def test_wheel(tmp_path: Path) -> None:
     assert not any(name.startswith(("tests/", "conf/")) for name in names)
     (entry_points,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
     for command in (
-        "wsss-train = wsss.train:main",
-        "wsss-eval = wsss.evaluate:main",
-        "wsss-predict = wsss.predict:main",
+        "wsss-train = wsss.commands.train:main",
+        "wsss-eval = wsss.commands.evaluate:main",
+        "wsss-predict = wsss.commands.predict:main",
     ):
         assert command in entry_points.read_text()
-    code = "import wsss.config, wsss.train; print(wsss.config.config_dir()); wsss.train.main()"
+    code = "import wsss.config, wsss.commands.train; print(wsss.config.config_dir()); wsss.commands.train.main()"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     ended = subprocess.run(
         [sys.executable, "-c", code, "--cfg", "job", "method.lr=0.5"],

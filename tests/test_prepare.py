@@ -14,14 +14,14 @@ from served import Server, make_tar
 from tiny import OVERRIDES, Ended
 from voc2012 import sbd_files, voc_files
 
-from wsss.data import download
+from wsss.prepare import download
 
 Command = Callable[..., Ended]
 TINY = [o for o in OVERRIDES if not o.startswith("dataset.")] + ["data.eval_batch_size=1", "method.weights=null"]
 
 
 def test_check_of_a_sound_folder(command: Command, photographs: Path) -> None:
-    ended = command("prepare", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks")
+    ended = command("data", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks")
     assert ended.code == 0, ended.err
     assert "8 images, 2 classes" in ended.out
     assert "1 images without any class" in ended.out
@@ -36,7 +36,7 @@ def test_check_lists_whatever_does_not_fit(command: Command, photographs: Path) 
     rows = labels.read_text(encoding="utf-8").splitlines()
     (photographs / "im Urlaub/Bild 3 (groß).JPG").write_bytes(b"\xff\xd8nothing")
     labels.write_text("\n".join([*rows[:-1], "gone.jpg,dog"]), encoding="utf-8")
-    ended = command("prepare", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks")
+    ended = command("data", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks")
     assert ended.code == 2
     assert "Bild 7 (groß) has no entry" in ended.out
     assert "gone.jpg, which is no image" in ended.out
@@ -45,7 +45,7 @@ def test_check_lists_whatever_does_not_fit(command: Command, photographs: Path) 
     labels.write_text("\n".join(rows), encoding="utf-8")
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(photographs / "masks/Bild 5 (groß).png")
     ended = command(
-        "prepare", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=0.9"
+        "data", "check", "dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=0.9"
     )
     assert ended.code == 2
     problems = [line for line in ended.out.splitlines() if line.startswith("- ")]
@@ -60,12 +60,12 @@ def test_check_sees_ids_in_another_order(command: Command, photographs: Path) ->
     names = [("cat", "dog", "cat")[n % 3] if n else "" for n in range(8)]  # what the masks show
     rows = ["file,labels", *(f"im Urlaub/Bild {n} (groß).JPG,{name}" for n, name in enumerate(names))]
     (photographs / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
-    assert command("prepare", "check", *arguments).code == 0
+    assert command("data", "check", *arguments).code == 0
     (photographs / "class_names.txt").write_text("dog\ncat\n")
-    ended = command("prepare", "check", *arguments)
+    ended = command("data", "check", *arguments)
     assert ended.code == 2
     assert "masks show a class that the image's labels do not name" in ended.out
-    assert command("prepare", "check", *arguments, "dataset.classes=[cat,dog]").code == 0
+    assert command("data", "check", *arguments, "dataset.classes=[cat,dog]").code == 0
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_check_sees_ids_in_another_order(command: Command, photographs: Path) ->
     ],
 )
 def test_mistakes(command: Command, arguments: list[str], said: str) -> None:
-    ended = command("prepare", *arguments)
+    ended = command("data", *arguments)
     assert ended.code == 2
     assert said in ended.err
     assert "Traceback" not in ended.err
 
 
 def test_help(command: Command) -> None:
-    assert "wsss-data coco" in command("prepare", "--help").out
+    assert "wsss-data coco" in command("data", "--help").out
 
 
 def test_voc(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_voc(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     server.content = made[0].read_bytes()
     server.drop = len(server.content) // 2
     ended = command(
-        "prepare",
+        "data",
         "voc",
         f"root={tmp_path / 'VOC 2012'}",
         f"voc_url={server.url}",
@@ -115,7 +115,7 @@ def test_voc(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ended.code == 0, ended.err
     assert len(server.seen) > 1  # the connection was dropped
     assert "train_aug of 4 images" in ended.out
-    assert command("prepare", "check", "dataset=voc", f"dataset.root={tmp_path / 'VOC 2012'}").code == 0
+    assert command("data", "check", "dataset=voc", f"dataset.root={tmp_path / 'VOC 2012'}").code == 0
 
 
 def test_coco(command: Command, tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_coco(command: Command, tmp_path: Path) -> None:
         path = tmp_path / "annotations" / f"instances_{split}2014.json"
         path.parent.mkdir(exist_ok=True)
         instances.save(path, instances.small())
-    ended = command("prepare", "coco", f"root={tmp_path}")
+    ended = command("data", "coco", f"root={tmp_path}")
     assert ended.code == 0, ended.err
     assert ended.out.count("3 masks by the rule wsss (3 written now)") == 2
     assert len(list((tmp_path / "masks/val2014").glob("*.png"))) == 3
-    assert "(0 written now)" in command("prepare", "coco", f"root={tmp_path}").out
+    assert "(0 written now)" in command("data", "coco", f"root={tmp_path}").out
 
 
 def test_a_folder_from_check_to_masks(command: Command, photographs: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_wrong_value_and_used_directory(command: Command, trained: Path) -> None
 def test_run_in_progress_is_left_alone(command: Command, tmp_path: Path) -> None:
     busy = tmp_path / "busy"
     interrupted(*ARGUMENTS, f"hydra.run.dir={busy}", step=3)
-    from wsss.train import LOCKS
+    from wsss.runs import LOCKS
 
     os.close(LOCKS.pop(busy))  # that of the interrupted run, which was this process
     descriptor = os.open(busy, os.O_RDONLY)

@@ -63,6 +63,10 @@ OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.item
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 
 
+MODULES = {"eval": "evaluate"}
+"""Where a command lives, if not under its own name."""
+
+
 class Ended(NamedTuple):
     """How a command ended."""
 
@@ -75,7 +79,7 @@ def call(command: str, *arguments: str) -> int:
     """Run `wsss-<command>` in this process; returns its exit code."""
     from importlib import import_module
 
-    module = import_module({"eval": "wsss.evaluate"}.get(command, f"wsss.{command}"))
+    module = import_module(f"wsss.commands.{MODULES.get(command, command)}")
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"wsss-{command}", *arguments])

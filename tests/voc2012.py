@@ -11,8 +11,8 @@ import scipy.sparse
 from PIL import Image
 from scipy.io import savemat
 
-from wsss.data.files import palette
 from wsss.data.voc import VOC_CLASSES
+from wsss.writing import palette
 
 TRAIN, VAL = ("2007_000032", "2007_000039"), ("2007_000033", "2007_000042")
 SBD_TRAIN, SBD_VAL = ("2008_000002", "2007_000039"), ("2007_000033", "2008_000007")
@@ -31,7 +31,7 @@ def ids_of(name: str, number: int) -> np.ndarray:
 def png(mask: np.ndarray, mode: str = "P") -> bytes:
     picture, buffer = Image.fromarray(mask), io.BytesIO()
     if mode == "P":
-        picture.putpalette(palette())
+        picture.putpalette(palette().tobytes())
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 

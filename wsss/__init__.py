@@ -1,6 +1,12 @@
 """Weakly supervised semantic segmentation from image-level labels."""
 
-__version__ = "0.1.0"
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsss.predictor import Predictor
+
+__version__ = "0.2.0"
 
 
 class InputError(ValueError):
@@ -17,3 +23,13 @@ class RunError(RuntimeError):
 
     The commands print the message without a traceback and exit with code 1.
     """
+
+
+def load(path: "str | PathLike[str]", **options: Any) -> "Predictor":
+    """A checkpoint ready to predict: `wsss.load("last.ckpt").predict("photograph.jpg").mask`.
+
+    See `wsss.predictor.load` for the options, `wsss.predictor.Predictor` for what can be done with it.
+    """
+    from wsss import predictor  # imports torch and timm: nobody waits for them who only wants the losses
+
+    return predictor.load(path, **options)

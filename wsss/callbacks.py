@@ -1,6 +1,7 @@
 """Lightning callbacks of a training run."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from wsss import RunError
+from wsss.writing import write_whole
 
 
 class FiniteLoss(pl.Callback):
@@ -64,7 +66,7 @@ class StepSeed(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         place = (self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
 
 
 class RunLog(pl.Callback):
@@ -151,13 +153,12 @@ class CSVLog(Logger):
             return list(csv.DictReader(file))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")  # columns of rows that are dropped
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")  # columns of rows that are dropped
+        writer.writeheader()
+        writer.writerows(rows)
+        with write_whole(self.path) as file:
+            file.write(text.getvalue().encode())
         self.rows = len(rows)
 
 
@@ -196,18 +197,13 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with write_whole(Path(path)) as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
                 raise error.__context__ from None  # torch's writer reports a full disk as its own failed assertion
             raise
 

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
 
 def warmup_poly(
@@ -67,12 +70,24 @@ def parameter_groups(
     return groups
 
 
+def stepwise(optimizer: Optimizer, factor: Callable[[int], float]) -> "OptimizerLRSchedulerConfig":
+    """For Lightning: an optimizer whose base rates are multiplied by a function of the optimizer step."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
 def sgd_poly(
-    groups: list[dict[str, Any]], momentum: float, max_steps: int, power: float = 0.9
-) -> tuple[Optimizer, LambdaLR]:
-    """SGD whose rates fall as (1 - step / max_steps) ** power (PSA and its followers)."""
-    optimizer = SGD(groups, momentum=momentum)
-    return optimizer, LambdaLR(optimizer, warmup_poly(max_steps, warmup_steps=0, power=power))
+    network: nn.Module,
+    heads: Sequence[nn.Module],
+    max_steps: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    power: float,
+) -> "OptimizerLRSchedulerConfig":
+    """SGD on `parameter_groups` whose rates fall as (1 - step / max_steps) ** power (PSA and its followers)."""
+    optimizer = SGD(parameter_groups(network, lr, weight_decay, heads), momentum=momentum)
+    return stepwise(optimizer, warmup_poly(max_steps, warmup_steps=0, power=power))
 
 
 @torch.no_grad()

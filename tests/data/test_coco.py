@@ -8,11 +8,12 @@ import pytest
 from instances import content, photo, region, save
 from PIL import Image
 
+import wsss.data.base
 import wsss.data.coco
 from wsss import InputError
 from wsss.data.coco import COCO, COCO_CLASSES
 from wsss.data.files import read_lines
-from wsss.data.instances import build_masks
+from wsss.prepare.coco import build_masks
 
 GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 CATEGORIES = dict(zip(sorted(set(range(1, 91)) - GAPS), COCO_CLASSES, strict=True))
@@ -58,7 +59,7 @@ def refused(*words: str, **arguments: Any) -> None:
 
 
 def test_training_items_have_no_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsss.data.coco, "read_truth", None)
+    monkeypatch.setattr(wsss.data.base, "read_truth", None)
     (root / "masks").rename(root / "elsewhere")
     data = COCO(str(root))
     assert data.classes == COCO_CLASSES

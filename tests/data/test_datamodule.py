@@ -90,7 +90,8 @@ def test_crops_know_where_the_photograph_is() -> None:
     boxes = set()
     for seed in range(200):
         image = photograph(20, 50)
-        window, box = random_crop(image, 32, np.random.default_rng(seed))
+        cut = random_crop({"image": image}, 32, np.random.default_rng(seed))
+        window, box = cut["image"], cut["image_box"]
         inside = np.zeros((32, 32), bool)
         inside[box[0] : box[1], box[2] : box[3]] = True
         assert ((window > 0).all(-1) == inside).all()
@@ -108,7 +109,7 @@ def test_views_share_their_mirror_unless_released(released: bool) -> None:
     image = photograph(20, 24)
     equal, box_fits = 0, 0
     for seed in range(200):
-        result = views(image, np.random.default_rng(seed))
+        result = views({"image": image}, np.random.default_rng(seed))
         equal += np.array_equal(result["image"], result["local_source"])
         box = result["image_box"]
         outside = np.ones((32, 32), bool)
@@ -119,9 +120,9 @@ def test_views_share_their_mirror_unless_released(released: bool) -> None:
 
 def test_views_depend_on_the_generator_alone() -> None:
     views, image = ToCoViews(32), photograph(40, 50)
-    first = views(image, np.random.default_rng(3))
-    views(image, np.random.default_rng(4))
-    again = views(image, np.random.default_rng(3))
+    first = views({"image": image}, np.random.default_rng(3))
+    views({"image": image}, np.random.default_rng(4))
+    again = views({"image": image}, np.random.default_rng(3))
     assert all(np.array_equal(first[key], again[key]) for key in first)
     assert all(first[key].shape == (32, 32, 3) for key in ("image", "global_view", "local_source"))
 

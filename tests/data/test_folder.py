@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import wsss.data.base
 import wsss.data.folder
 from wsss import InputError
 from wsss.data.datamodule import DataModule
@@ -90,7 +91,7 @@ def test_training_holds_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         rows.append(f"{n}.jpg,{';'.join(classes[n % 3 :: 3]) if n % 4 else ''}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     assert "mask" in Folder(str(tmp_path), "val", val=0.4, masks="masks", classes=classes)[0]
-    monkeypatch.setattr(wsss.data.folder, "read_truth", None)
+    monkeypatch.setattr(wsss.data.base, "read_truth", None)
     data = Folder(str(tmp_path), val=val, masks="masks", classes=classes)
     assert all(set(data[i]) == {"image", "label", "id"} for i in range(len(data)))
     assert data.masks is None

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import wsss.data.base
 import wsss.data.files
 import wsss.data.voc
 from wsss import InputError
-from wsss.data.files import load_label_dict
-from wsss.data.voc import VOC, VOC_CLASSES, read_annotation
+from wsss.data.files import load_label_dict, read_annotation
+from wsss.data.voc import VOC, VOC_CLASSES
 
 DATA = os.environ.get("WSSS_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="set WSSS_TEST_DATA to the folder of real data")
@@ -42,7 +43,7 @@ def refused(*words: str, **arguments: Any) -> None:
 
 
 def test_training_items_have_no_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsss.data.voc, "read_truth", None)
+    monkeypatch.setattr(wsss.data.base, "read_truth", None)
     data = VOC(str(root))
     assert data.classes == ("cat", "hot dog")
     assert data.ids == list(IDS[:2])

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from wsss import InputError
+from wsss.cam import inference_norm, max_norm
 from wsss.losses import EquivarianceLoss, EquivariantCrossLoss, MinPoolingLoss, MultiscaleAttentiveLoss, build
-from wsss.losses.cam import attention_weights, inference_norm, max_norm, max_onehot, view_cam
+from wsss.losses.rcm_mam import attention_weights
+from wsss.losses.seam import max_onehot, view_cam
 
 D = torch.float64
 

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from wsss import InputError
 from wsss.losses import PixelPrototypeContrastLoss, PrototypeMemory, RegionalContrastLoss, build
-from wsss.losses.prototype import (
-    image_prototypes,
-    leave_one_out_prototypes,
-    masked_mean_prototypes,
-    mean_prototypes,
-    rank_within,
-    score_maps,
-)
+from wsss.losses.ppc import rank_within, score_maps
+from wsss.losses.rcm_mam import image_prototypes, leave_one_out_prototypes, mean_prototypes
 
 D = torch.float64
 Vector = list[float]
@@ -82,9 +76,6 @@ def test_prototypes(shown: tuple[Tensor, Tensor]) -> None:
         leave_one_out_prototypes(ours),
         [[unit(add([o[k] for o in images if o is not image], 3)) for k in classes] for image in images],
     )
-    found = pixels_of(features, region, normalised=False)
-    means = [[[v / len(f[k]) for v in add(f[k], 3)] for f in found if k in f] for k in classes]
-    close(masked_mean_prototypes(features, region, 4), [unit(add(vectors, 3)) for vectors in means])
 
 
 def test_a_class_of_one_image_has_no_others() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from official import mctformer_to_official
 from omegaconf import OmegaConf
 
 from wsss import InputError
-from wsss.checkpoints import mctformer_to_official, read_checkpoint
+from wsss.assemble import read_checkpoint
 from wsss.config import config_dir
 from wsss.losses import build as build_loss
 from wsss.methods.mctformer import MAPS, MCTformer
@@ -105,10 +106,10 @@ def test_maps_and_refinement() -> None:
         "root_fused": (attention * patch_cam) ** 0.5,
     }
     for name, cam in expected.items():
-        method.fuse = MAPS[name]
-        method.refine = False
+        method.locate = MAPS[name]
+        method.hparams.refine = False
         torch.testing.assert_close(method(image)["cam"].flatten(2), cam)
-        method.refine = True
+        method.hparams.refine = True
         refined = torch.stack([sum(spread[p, q] * cam[0, :, q] for q in range(20)) for p in range(20)], dim=1)
         torch.testing.assert_close(method(image)["cam"].flatten(2)[0], refined)
 

@@ -104,7 +104,7 @@ def test_released_behaviour_truncates_colours(batch: dict[str, Any], monkeypatch
     for flag in (False, True):
         method = build(released_behaviour=flag)
         monkeypatch.setattr(method.par, "forward", lambda image, masks: seen.append(image) or masks)
-        method.par_scale = 1.0
+        method.hparams.par_scale = 1.0
         method.pseudo_label(batch["image"].clamp(-1.5, 2), torch.rand(2, 3, 32, 32), batch["label"])
     assert 0 < (seen[0] - seen[1]).max() < 1 / 255 + 1e-6
     torch.testing.assert_close(seen[1] * 255, (seen[1] * 255).round())

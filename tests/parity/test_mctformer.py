@@ -13,20 +13,20 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from official import mctformer_to_official, read_official
 from omegaconf import OmegaConf
 from timm.layers import DropPath
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wsss.checkpoints import mctformer_to_official, read_official_mctformer
+from wsss.cam import rescale_photograph
 from wsss.config import config_dir
-from wsss.data.datamodule import Normalise
+from wsss.data.pixels import Normalise
+from wsss.evaluation.metrics import CamIoU, ImageMAP, SegmentationIoU
 from wsss.losses import build
 from wsss.methods.mctformer import MAPS, MCTformer
-from wsss.metrics import CamIoU, ImageMAP, SegmentationIoU
 from wsss.networks.mct import MCTEncoder, attend, global_weighted_rank_pool
 from wsss.optim import warmup_cosine
-from wsss.refine.cam import rescale_photograph
 from wsss.refine.crf import dense_crf
 
 Arrays = dict[str, Any]
@@ -87,7 +87,7 @@ def build_method(recordings: Any, version: str, folder: Path, drop_path_rate: fl
     recorded = recordings(f"mctformer/{version}_state")
     path = folder / "checkpoint.pth"
     torch.save({"model": {key.removeprefix("sd/"): tensor for key, tensor in recorded.items()}}, path)
-    name, state, values = read_official_mctformer(str(path))
+    name, state, values = read_official(MCTformer, path)
     assert name == SETTINGS["versions"][version]
     values["backbone_args"] |= {"num_heads": SETTINGS["heads"], "drop_path_rate": drop_path_rate}
     settings = arguments(version) | {"attention_layers": values["backbone_args"]["depth"]} | values | given
@@ -117,11 +117,11 @@ def maps(method: MCTformer, image: Tensor, map_type: str, layers: int, refine: b
     """(B, C, h, w) at the scale of the recordings: V1 and V2 sum over the layers, where ours is their mean."""
     depth = len(method.encoder.blocks)
     layers = min(layers, depth)
-    plus = method.classify_by == "both"
+    plus = method.hparams.classify_by == "both"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "fuse", MAPS["root_fused" if plus and map_type == "fused" else map_type])
-        patch.setattr(method, "attention_layers", layers)
-        patch.setattr(method, "refine", refine)
+        patch.setattr(method, "locate", MAPS["root_fused" if plus and map_type == "fused" else map_type])
+        patch.setitem(method.hparams, "attention_layers", layers)
+        patch.setitem(method.hparams, "refine", refine)
         cam: Tensor = method(image)["cam"]
     return cam if plus or map_type == "patchcam" else cam * layers
 

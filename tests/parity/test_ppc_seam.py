@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.cam import inference_norm, max_norm
 from wsss.losses import PixelPrototypeContrastLoss, build
-from wsss.losses.cam import inference_norm, max_norm, max_onehot, view_cam
-from wsss.losses.prototype import View, score_maps
+from wsss.losses.ppc import View, score_maps
+from wsss.losses.seam import max_onehot, view_cam
 
 Arrays = dict[str, Any]
 

@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.cam import by_max
 from wsss.losses import build
-from wsss.losses.cam import attention_weights
-from wsss.losses.prototype import (
+from wsss.losses.rcm_mam import (
+    attention_weights,
     image_prototypes,
     leave_one_out_prototypes,
-    masked_mean_prototypes,
     mean_prototypes,
     pixel_features,
 )
 from wsss.methods.rcm_mam import RCMMAM
 from wsss.optim import update_average
-from wsss.refine.cam import by_max, cam_to_label
+from wsss.refine.thresholds import cam_to_label
 
 Arrays = dict[str, Any]
 
@@ -76,6 +77,14 @@ def region(arrays: Arrays, key: str) -> Tensor:
     """Ours, by the name of the recorded one."""
     name, threshold = key.removeprefix("region_").replace("_region", "").rsplit("_th", 1)
     return cam_to_label(fused(arrays, name), arrays["label"], float(f"{threshold[0]}.{threshold[1:]}"))
+
+
+def masked_mean_prototypes(features: Tensor, region: Tensor, num_classes: int) -> Tensor:
+    """The paper's words taken literally, which we do not offer: plain features, averaged over pixels, then images."""
+    masks = (region[:, None] == torch.arange(1 + num_classes)[:, None, None]).to(features.dtype)
+    features = F.interpolate(features, size=region.shape[-2:], mode="bilinear", align_corners=False)
+    count = masks.sum(dim=(-2, -1))[..., None].clamp(min=1)
+    return mean_prototypes(torch.einsum("bdhw,bkhw->bkd", features, masks) / count)  # the length does not matter
 
 
 def prototypes(arrays: Arrays, mode: str) -> Tensor:

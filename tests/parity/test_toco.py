@@ -9,23 +9,25 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from official import read_official, toco_from_official, toco_to_official
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import wsss.methods.toco
-from wsss.checkpoints import read_official_toco, toco_from_official, toco_to_official
+from wsss.cam import box_mask, multiscale_cam, multiscale_seg
 from wsss.config import config_dir
-from wsss.data.datamodule import Normalise
+from wsss.data.pixels import Normalise
+from wsss.evaluation.metrics import SegmentationIoU
+from wsss.evaluation.protocol import Protocol
 from wsss.lattice import PermutohedralLattice
 from wsss.losses import PatchTokenContrastLoss, build
 from wsss.losses.energy import DenseEnergyLoss
-from wsss.methods.toco import ToCo
-from wsss.metrics import Protocol, SegmentationIoU
+from wsss.methods.toco import ToCo, draw_crops
 from wsss.optim import warmup_poly
-from wsss.refine.cam import box_mask, cam_to_label, draw_crops, multiscale_cam, multiscale_seg, region_map
 from wsss.refine.crf import dense_crf
 from wsss.refine.par import OFFSETS, PAR
+from wsss.refine.thresholds import cam_to_label, region_map
 
 Arrays = dict[str, Any]
 
@@ -135,7 +137,7 @@ def build_method(arrays: Arrays, folder: Path, **arguments: Any) -> ToCo:
     """A method from recorded weights, by way of a file as the original code writes it."""
     path = folder / "model_iter_0.pth"
     torch.save({f"module.{name}": tensor for name, tensor in arrays.items()}, path)
-    state, values = read_official_toco(str(path))
+    _, state, values = read_official(ToCo, path)
     values["backbone_args"]["num_heads"] = SETTINGS["model"]["heads"]
     values |= {"aux_layer": SETTINGS["model"]["aux_layer"], "ema_momentum": SETTINGS["model"]["ema_momentum"]}
     method = ToCo(backbone="vit_tiny_patch16_224", **values, **arguments)
@@ -281,7 +283,7 @@ def test_roi_crops(recordings: Any, match: Any, model: ToCo, monkeypatch: pytest
         aux_cam, label = region_as_cam(arrays["roi_mask"])
     top_left = arrays[f"{prefix or 'crop_'}topleft"]
     method = deepcopy(model)
-    method.local_crop_size, method.negative_ratio = crop_size, SETTINGS["negative_ratio"]
+    method.hparams.local_crop_size, method.hparams.negative_ratio = crop_size, SETTINGS["negative_ratio"]
     monkeypatch.setattr(wsss.methods.toco, "draw_crops", lambda *_: top_left)
     crops, positive = method.cut_local_crops(images, aux_cam, label)
     match(file, f"{prefix}crops", crops)
@@ -338,8 +340,8 @@ def test_par(recordings: Any, match: Any) -> None:
 @pytest.mark.parametrize(("key", "data"), [("refined", "voc"), ("refined_coco", "coco")])
 def test_par_refines_a_cam(recordings: Any, match: Any, model: ToCo, key: str, data: str) -> None:
     arrays, method = recordings("toco/par"), deepcopy(model)
-    method.released_behaviour = True
-    _, method.low_threshold, method.high_threshold = SETTINGS[data].values()
+    method.hparams.released_behaviour = True
+    _, method.hparams.low_threshold, method.hparams.high_threshold = SETTINGS[data].values()
     method.par = PAR(**SETTINGS["par"])
     image, label = arrays["refine_inputs_norm"], arrays["refine_cls_label"]
     for max_labels in (int(label.sum(1).max()), label.shape[1]):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from wsss import InputError
-from wsss.refine.cam import resize
+from wsss.cam import resize
 from wsss.refine.crf import dense_crf
 
 

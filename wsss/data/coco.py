@@ -1,32 +1,27 @@
-"""COCO 2014. Its masks are drawn by `build_masks` of wsss.data.instances, which stands here as well."""
+"""COCO 2014, whose masks wsss-data coco draws beforehand."""
 
 import os
 import re
 import reprlib
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from wsss import InputError
+from wsss.data.base import LabelledImages, check_split, pick
 from wsss.data.files import (
     IMAGE_SUFFIXES,
     files_by_stem,
     find_given,
     load_label_dict,
-    read_image,
     read_lines,
     read_list,
-    read_truth,
-    write_whole,
 )
 from wsss.data.instances import annotation_keys, read_elements, read_head
+from wsss.writing import write_whole
 
-T = TypeVar("T")
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
@@ -43,14 +38,12 @@ LAYOUT = (
 )
 
 
-class COCO(Dataset[dict[str, Any]]):
+class COCO(LabelledImages):
     """COCO 2014's photographs with image-level labels; masks only outside of training.
 
-    An item is a dict: `image` uint8 (H, W, 3), `label` float32 (80,), `id` str and, unless split is "train",
-    `mask` uint8 (H, W), 0 background, c+1 for class c, 255 ignore. An id's own prefix (COCO_train2014_, COCO_val2014_)
-    says which folder of images and masks it is in, whatever the split; an id without one is in the split's. Raises
-    InputError for whatever does not fit: list, labels and the presence of every file are checked at once, image and
-    mask when opened.
+    An id's own prefix (COCO_train2014_, COCO_val2014_) says which folder of images and masks it is in, whatever the
+    split; an id without one is in the split's. Raises InputError for whatever does not fit: list, labels and the
+    presence of every file are checked at once, image and mask when opened.
 
     The field's lists (82,081 and 40,137 lines) leave out images without any object, the JSON (82,783 and 40,504) has
     them; an image without labels that is listed is kept, as a negative.
@@ -68,8 +61,6 @@ class COCO(Dataset[dict[str, Any]]):
             root/masks, which `build_masks` makes.
     """
 
-    classes: tuple[str, ...] = COCO_CLASSES
-
     def __init__(
         self,
         root: str,
@@ -79,25 +70,14 @@ class COCO(Dataset[dict[str, Any]]):
         labels: str | None = None,
         masks: str | None = None,
     ) -> None:
-        if split not in ("train", "val"):
-            raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+        check_split(split)
         self.root, self.folder = Path(root).expanduser(), f"{split}2014"
-        given = train if split == "train" else val
-        self.ids, self.labels = self._listed(given, labels)
-        self.images = self._pick(self.root, IMAGE_SUFFIXES, "image")
-        self.masks: list[Path] | None = None
+        ids, rows = self._listed(train if split == "train" else val, labels)
+        images = self._files(ids, self.root, IMAGE_SUFFIXES, "image")
+        truth: list[Path] | None = None
         if split != "train":
-            self.masks = self._pick(find_given(self.root, masks or "masks"), (".png",), "mask")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.images[index])
-        item: dict[str, Any] = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
-        if self.masks is not None:
-            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
-        return item
+            truth = self._files(ids, find_given(self.root, masks or "masks"), (".png",), "mask")
+        super().__init__(COCO_CLASSES, ids, images, rows, truth)
 
     def _folder(self, image_id: str) -> str:
         own = re.match(r"COCO_((train|val)2014)_", image_id)
@@ -105,7 +85,7 @@ class COCO(Dataset[dict[str, Any]]):
 
     def _listed(self, given: str | None, labels: str | None) -> tuple[list[str], np.ndarray]:
         """Ids and labels, float32 (N, 80), of the list and the labels that the user gave."""
-        ids, rows = _read_label_list(find_given(self.root, given)) if given else ([], np.zeros((0, len(self.classes))))
+        ids, rows = _read_label_list(find_given(self.root, given)) if given else ([], np.zeros((0, len(COCO_CLASSES))))
         if labels is None and rows.any():
             return ids, rows
         folders = sorted({self._folder(image_id) for image_id in ids} or {self.folder})
@@ -122,25 +102,17 @@ class COCO(Dataset[dict[str, Any]]):
         ids = ids or [image_id for image_id in found if self._folder(image_id) == self.folder]
         if not ids:
             raise InputError(f"{sources[0]} has no image of {self.folder}: name other labels, or give a list.")
-        return ids, np.stack(_pick(ids, found, f"label in {' or '.join(map(str, sources))}"))
+        return ids, np.stack(pick(ids, found, f"label in {' or '.join(map(str, sources))}"))
 
-    def _pick(self, parent: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+    def _files(self, ids: Sequence[str], parent: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
         """The file of every id, from one listing of each folder."""
         found: dict[str, Path] = {}
-        folders = {name: parent / name for name in sorted(set(map(self._folder, self.ids)))}
+        folders = {name: parent / name for name in sorted(set(map(self._folder, ids)))}
         if what == "mask":
             folders = {name: path if path.is_dir() else parent for name, path in folders.items()}
         for folder in dict.fromkeys(folders.values()):
             found |= files_by_stem(folder, suffixes, LAYOUT)
-        return _pick(self.ids, found, f"{what} in {' or '.join(map(str, dict.fromkeys(folders.values())))}")
-
-
-def _pick(ids: Sequence[str], found: Mapping[str, T], what: str) -> list[T]:
-    missing = [image_id for image_id in ids if image_id not in found]
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise InputError(f"{len(missing)} of {len(ids)} ids have no {what} ({first}): add them or shorten the list.")
-    return [found[image_id] for image_id in ids]
+        return pick(ids, found, f"{what} in {' or '.join(map(str, dict.fromkeys(folders.values())))}")
 
 
 def _read_label_list(path: Path) -> tuple[list[str], np.ndarray]:
@@ -191,7 +163,8 @@ def _json_labels(path: Path) -> dict[str, np.ndarray]:
     if not all(re.fullmatch(r"\w+", image_id) for image_id in ids):  # a list would not give such names back
         return dict(zip(ids, labels, strict=True))
     lines = (" ".join([i, *map(str, np.flatnonzero(row))]) for i, row in zip(ids, labels, strict=True))
-    with suppress(InputError):  # a root that cannot be written to works as well, only slower
-        write_whole(cache, "".join(f"{line}\n" for line in lines).encode(), uuid.uuid4().hex)  # ranks may write at once
+    with suppress(OSError):  # a root that cannot be written to works as well, only slower
+        with write_whole(cache) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
         os.utime(cache, ns=(written, written))  # so that another file, an older one too, is told from this one
     return dict(zip(ids, labels, strict=True))

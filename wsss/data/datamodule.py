@@ -1,65 +1,20 @@
 """One DataModule for every data set."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsss import InputError
-from wsss.data.transforms import FlipCrop, Views
-
-
-class Images(Protocol):
-    """What our data sets give: named classes and items that a DataModule makes batches of."""
-
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-class Part(Subset[dict[str, Any]]):
-    """Some items of a data set, by index."""
-
-    def __init__(self, source: Images, indices: Sequence[int]) -> None:
-        super().__init__(cast(Dataset[dict[str, Any]], source), indices)
-        self.classes = source.classes
-        self.has_background: bool = getattr(source, "has_background", True)
-        self.masks = getattr(source, "masks", ())
-        if hasattr(source, "ids"):
-            self.ids = [source.ids[index] for index in indices]
-
-
-class _Looks(Dataset[dict[str, Any] | str]):
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | str:
-        try:
-            item = self.images[index]
-        except InputError as error:
-            return str(error)
-        shown = np.unique(item["mask"]) if "mask" in item else np.empty(0, np.uint8)
-        return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"], "shown": shown}
-
-
-def look_through(images: Images, num_workers: int) -> Iterable[dict[str, Any] | str]:
-    """Opens every item in order: its `id`, `size` (H, W), `label` and the ids `shown` by its mask, or why it fails."""
-    return DataLoader(_Looks(images), batch_size=None, num_workers=num_workers, collate_fn=_as_is)
-
-
-def _as_is(item: Any) -> Any:
-    return item  # the default would make tensors of numbers
+from wsss.data.base import Images, PlainImages, as_images, digest
+from wsss.data.pixels import Normalise
+from wsss.data.pseudo import pixel_tensors, pixel_views
+from wsss.data.transforms import FlipCrop, Transform
 
 
 class EndlessSampler(Sampler[tuple[int, int]]):
@@ -85,17 +40,24 @@ class EndlessSampler(Sampler[tuple[int, int]]):
 class _TrainItems(Dataset[dict[str, Any]]):
     """Transformed training items by (position, index): what is drawn depends on seed and position alone."""
 
-    def __init__(self, source: Images, transform: Callable[..., Views], module: "DataModule") -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: Images, module: "DataModule") -> None:
+        self.source, self.transform = source, module.transform
         self.seed, self.normalise = module.seed, module.normalise
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
         item = self.source[index]
-        views = self.transform(item["image"], np.random.default_rng([self.seed, 1, position]))
-        tensors = {name: self.normalise(v) if v.ndim == 3 else torch.from_numpy(v) for name, v in views.items()}
+        pixels = pixel_views(self.source, item)
+        views = self.transform({"image": item["image"]} | pixels, np.random.default_rng([self.seed, 1, position]))
+        tensors = {
+            name: self.normalise(view) if view.ndim == 3 else torch.from_numpy(view)
+            for name, view in views.items()
+            if name not in pixels
+        }
         # nothing else of the item is passed on: a training batch never holds a mask
-        return tensors | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
+        return (
+            tensors | pixel_tensors(self.source, views) | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
+        )
 
 
 class _EvalItems(Dataset[dict[str, Any]]):
@@ -127,9 +89,9 @@ class DataModule(pl.LightningDataModule):
     for class c and 255 ignore. A training batch has no `mask`. The training loader is endless.
 
     Args:
-        train: data set of items `image` uint8 (H, W, 3), `label` float32 (C,), `id`, with `classes`;
+        train: data set to train on, see `wsss.data.base.Images`, or any torch `Dataset` of such items with `classes`;
             None to evaluate only.
-        val: the same with `mask` uint8 (H, W); None for training without evaluation.
+        val: likewise, to evaluate on; None for training without evaluation.
         transform: of training images, see `wsss.data.transforms`; None crops and mirrors.
         batch_size: training images a step and device.
         eval_batch_size: evaluation images a step; 1 unless all of them have one size.
@@ -139,9 +101,9 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Images | None,
-        val: Images | None = None,
-        transform: Callable[..., Views] | None = None,
+        train: PlainImages | None,
+        val: PlainImages | None = None,
+        transform: Transform | None = None,
         batch_size: int = 2,
         eval_batch_size: int = 1,
         num_workers: int = 2,
@@ -155,15 +117,15 @@ class DataModule(pl.LightningDataModule):
         ):
             if value < least:
                 raise InputError(f"data.{name} is {value}: expected at least {least}")
-        self.train, self.val, self.transform = train, val, transform or FlipCrop()
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed = seed
-        first = val if train is None else train
+        self.train, self.val = (None if images is None else as_images(images) for images in (train, val))
+        first = self.val if self.train is None else self.train
         if first is None:
             raise InputError("a DataModule needs a data set to train on or one to evaluate on")
-        self.classes = first.classes
+        self.transform = transform or FlipCrop()
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed = seed
+        self.classes, self.has_background = first.classes, first.has_background
         self.num_classes = len(self.classes)
-        self.has_background: bool = getattr(first, "has_background", True)  # only own photographs may have none
         self.mean: Sequence[float] = (0.485, 0.456, 0.406)
         self.std: Sequence[float] = (0.229, 0.224, 0.225)
 
@@ -179,13 +141,12 @@ class DataModule(pl.LightningDataModule):
     @property
     def has_masks(self) -> bool:
         """Whether there is anything to compare a segmentation with."""
-        return self.val is not None and getattr(self.val, "masks", ()) is not None  # None: no image has one
+        return self.val is not None and self.val.has_masks
 
     @property
     def fingerprint(self) -> str:
-        """Tells these classes and images from others, so that a run goes on only with its own."""
-        sets = [source and (len(source), getattr(source, "ids", None)) for source in (self.train, self.val)]
-        return hashlib.sha256(repr((self.classes, sets)).encode("utf-8", "surrogatepass")).hexdigest()
+        """Tells these images, classes and labels from others, so that a run goes on only with its own."""
+        return digest([images and images.fingerprint for images in (self.train, self.val)])
 
     @property
     def train_size(self) -> int:
@@ -204,7 +165,7 @@ class DataModule(pl.LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world
         return self._loader(
-            _TrainItems(self.train, self.transform, self),
+            _TrainItems(self.train, self),
             self.batch_size,
             sampler=EndlessSampler(len(self.train), self.seed, start, rank, world),
         )
@@ -216,10 +177,12 @@ class DataModule(pl.LightningDataModule):
         shard = range(rank, len(self.val), world)
         return self._loader(_EvalItems(self.val, self), self.eval_batch_size, sampler=shard)
 
-    def example_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Whole images to look at, one by one: those of the evaluation, else of the training."""
-        shown: Any = self.train if self.val is None else self.val
-        return DataLoader(_EvalItems(shown, self), batch_size=1, collate_fn=collate)
+    def examples(self, count: int) -> Iterator[dict[str, Any]]:
+        """Batches of one whole image to look at: the first of the evaluation, else of the training."""
+        shown = self.train if self.val is None else self.val
+        assert shown is not None  # the constructor has seen to it
+        items = _EvalItems(shown, self)
+        return (collate([items[index]]) for index in range(min(count, len(items))))
 
     def _loader(self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
@@ -232,26 +195,6 @@ class DataModule(pl.LightningDataModule):
             worker_init_fn=_one_thread,
             **order,
         )
-
-
-class Normalise:
-    """Colours 0..255 (H, W, 3) -> float (3, H, W), (x / 255 - mean) / std."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = (np.array(values, np.float32) for values in (mean, std))
-        self.tables = (np.arange(256, dtype=np.float32) / 255 - self.mean[:, None]) / self.std[:, None]  # (3, 256)
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        result = np.empty((3, *image.shape[:2]), np.float32)
-        planes = cv2.split(image) if image.dtype == np.uint8 else image.transpose(2, 0, 1)
-        for plane, out, table, mean, std in zip(planes, result, self.tables, self.mean, self.std, strict=True):
-            if plane.dtype == np.uint8:
-                cv2.LUT(plane, table, dst=out)
-            else:
-                np.divide(plane, 255, out=out)
-                np.subtract(out, mean, out=out)
-                np.divide(out, std, out=out)
-        return torch.from_numpy(result)
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import reprlib
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from xml.etree.ElementTree import TreeBuilder
+from xml.parsers import expat
 
 import numpy as np
 from numpy.lib import format as npy
@@ -234,38 +236,57 @@ def find_given(root: Path, given: str) -> Path:
     return root / path if (root / path).exists() else path
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises InputError for what the system refuses, a full disk for instance."""
-    try:
-        yield
-    except OSError as error:
-        found = error.strerror or error
-        raise InputError(f"{path} cannot be written ({found}): make room or choose another folder.") from error
+def first_names(names: Collection[str]) -> str:
+    """The first three names on one line."""
+    shown = [repr(name)[1:-1][:120] for name in list(names)[:3]]  # repr escapes what is not printable
+    return ", ".join(shown + ["..."] * (len(names) > 3))
 
 
-def write_whole(path: Path, data: bytes, mark: str = "tmp") -> None:
-    """Writes under a temporary name, which `mark` makes, then renames: the file is whole or as before."""
-    temporary = path.with_name(f".{path.name}.{mark}")
-    with writing(path):
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+def read_annotation(path: PathLike) -> tuple[str, ...]:
+    """Reads the names of the objects of one VOC XML file, each once, difficult ones too; not those of their parts.
+
+    Raises:
+        InputError: no such file, no XML, another root than <annotation>, an object without a name, a DTD.
+    """
+    with reading(path, "an XML file of VOC", "correct it, or take it out of the list"), open(path, "rb") as file:
+        tree = TreeBuilder()
+        parser = expat.ParserCreate()
+        parser.StartElementHandler, parser.EndElementHandler = tree.start, tree.end
+        parser.CharacterDataHandler = tree.data
+        parser.StartDoctypeDeclHandler = _refuse_dtd
+        parser.ParseFile(file)
+        root = tree.close()
+        if root.tag != "annotation":
+            raise ValueError(f"its root is <{root.tag}>, expected <annotation>")
+        names = [(found.findtext("name") or "").strip() for found in root.findall("object")]
+        if not all(names):
+            raise ValueError("it has an object without a name")
+    return tuple(dict.fromkeys(names))
 
 
-def write_mask(path: Path, mask: np.ndarray) -> None:
-    """Writes ids, uint8 (H, W), as a PNG with VOC's palette."""
-    picture, data = Image.fromarray(mask), io.BytesIO()
-    picture.putpalette(palette())
-    picture.save(data, "png")
-    write_whole(path, data.getvalue())
+def _refuse_dtd(*declaration: object) -> None:
+    raise ValueError("it declares a document type, which an annotation does not need")  # no DTD, no entities
 
 
-def palette() -> bytes:
-    """VOC's 256 colours, RGB: the bits of an id spread over the channels."""
-    bits = np.arange(8)[:, None]
-    shifts = 3 * bits + np.arange(3)  # (8, 3)
-    return (((np.arange(256)[:, None, None] >> shifts & 1) << (7 - bits)).sum(1)).astype(np.uint8).tobytes()
+def annotation_labels(
+    folder: Path, ids: Sequence[str], classes: Sequence[str], progress: Callable[[int, int], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Image-level labels, id -> float32 (C,) of zeros and ones, of those images that have an XML file in a folder.
+
+    Raises:
+        InputError: a file cannot be read or names an object that is none of the classes.
+    """
+    columns = {name: column for column, name in enumerate(classes)}
+    files = files_by_stem(folder, (".xml",), "Annotations with VOC's XML files")
+    labels: dict[str, np.ndarray] = {}
+    present = [image_id for image_id in ids if image_id in files]
+    for done, image_id in enumerate(present, start=1):
+        names = read_annotation(files[image_id])
+        if unknown := [name for name in names if name not in columns]:
+            known = f"none of the classes ({', '.join(classes)})"
+            raise InputError(f"{files[image_id]} names {unknown[0]!r}, {known}: correct it or give all class names.")
+        labels[image_id] = np.zeros(len(columns), np.float32)
+        labels[image_id][[columns[name] for name in names]] = 1
+        if progress:
+            progress(done, len(present))
+    return labels

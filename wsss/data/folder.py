@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from wsss import InputError
-from wsss.data.files import find_given, read_image, read_lines, read_truth
-from wsss.data.labels import Labels, clean_path, few, folder_labels, read_labels
+from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
+from wsss.data.files import find_given, first_names, read_image, read_lines
+from wsss.data.labels import Labels, clean_path, folder_labels, listed_classes, read_labels
+from wsss.data.pixels import Normalise
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -23,8 +25,6 @@ class Photographs(Dataset[tuple[Any, Any]]):
     """Images as read (H, W, 3) and normalised (3, H, W); for one that cannot be read, the reason in their place."""
 
     def __init__(self, paths: list[Path], mean: Sequence[float], std: Sequence[float]) -> None:
-        from wsss.data.datamodule import Normalise  # Lightning's slow import is not for those who only look for files
-
         self.paths, self.normalise = paths, Normalise(mean, std)
 
     def __len__(self) -> int:
@@ -149,6 +149,13 @@ class Survey:
         """The ids of images whose entry names no class."""
         return tuple(image_id for image_id, present in self.present.items() if not present)
 
+    def multi_hot(self, ids: Sequence[str]) -> np.ndarray:
+        """(N, C) float32 labels; an image without an entry has none."""
+        labels = np.zeros((len(ids), len(self.classes)), np.float32)
+        for row, image_id in enumerate(ids):
+            labels[row, list(self.present.get(image_id, ()))] = 1
+        return labels
+
 
 def survey(
     root: str, labels: str | None = None, masks: str | None = None, classes: Sequence[str] | None = None
@@ -159,8 +166,7 @@ def survey(
         InputError: no image, no labels or labels that cannot be read; not that the two leave out one another.
     """
     place = Path(root).expanduser()
-    if classes is None and (place / "class_names.txt").is_file():
-        classes = read_lines(place / "class_names.txt")
+    classes = listed_classes(place) if classes is None else classes
     images = find_images(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
     ids = _ids(place, [path.as_posix() for path in images])  # path -> id
     said = _labels(place, labels, ids, classes)
@@ -183,7 +189,9 @@ def _ids(root: Path, paths: Sequence[str]) -> dict[str, str]:
     clean = {path: clean_path(path) for path in paths}
     names = Counter(clean.values())
     if twins := [name for name, times in names.items() if times > 1]:
-        raise InputError(f"{root} has {len(twins)} names twice in different Unicode forms ({few(twins)}): rename one.")
+        raise InputError(
+            f"{root} has {len(twins)} names twice in different Unicode forms ({first_names(twins)}): rename one."
+        )
     bare = {path: name.rpartition(".")[0] for path, name in clean.items()}
     times = Counter(bare.values())
     return {path: name if times[bare[path]] > 1 or bare[path] in names else bare[path] for path, name in clean.items()}
@@ -198,7 +206,9 @@ def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequen
     patterns = ("labels.csv", "[!.]*.json", "cls_labels*.npy", "Annotations")
     found = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     if len(found) > 1:
-        raise InputError(f"{root} holds several labels ({few([path.name for path in found])}): pass labels=<one>.")
+        raise InputError(
+            f"{root} holds several labels ({first_names([path.name for path in found])}): pass labels=<one>."
+        )
     return read_labels(found[0], classes) if found else folder_labels(root, paths, classes)
 
 
@@ -209,29 +219,11 @@ def _masks_folder(root: Path, given: str) -> Path:
     return folder
 
 
-class Surveyed(Dataset[dict[str, Any]]):
-    """Every image of a survey, an image without an entry as one without any class: to look at, not to train on."""
-
-    def __init__(self, found: Survey) -> None:
-        self.found, self.classes, self.ids = found, found.classes, list(found.images)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image_id = self.ids[index]
-        label = np.zeros(len(self.classes), np.float32)
-        label[list(self.found.present.get(image_id, ()))] = 1
-        return {"image": read_image(self.found.images[image_id]), "label": label, "id": image_id}
-
-
-class Folder(Dataset[dict[str, Any]]):
+class Folder(LabelledImages):
     """One's own photographs with image-level labels; masks, if there are any, only outside of training.
 
-    An item is a dict: `image` uint8 (H, W, 3), `label` float32 (C,), `id` str, the path in root without suffix, and,
-    unless split is "train" or there are none, `mask` uint8 (H, W), 0 background, c+1 for class c, 255 ignore.
-    Raises InputError for whatever does not fit: labels, lists and the presence of every file are checked at once,
-    image and mask when opened.
+    An id is the path in root without suffix. Raises InputError for whatever does not fit: labels, lists and the
+    presence of every file are checked at once, image and mask when opened.
 
     Every image needs an entry of the labels and every entry an image, unless lists alone choose the images; see
     `match` for how they find one another. An image is a negative only if its entry says so.
@@ -263,10 +255,8 @@ class Folder(Dataset[dict[str, Any]]):
         classes: Sequence[str] | None = None,
         has_background: bool = True,
     ) -> None:
-        if split not in ("train", "val"):
-            raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+        check_split(split)
         found = survey(root, labels, masks, classes)
-        self.root, self.classes, self.has_background = found.root, found.classes, has_background
         chosen, everything = choose(found, train, val, seed)
         used = [*chosen["train"], *chosen["val"]]
         _refuse_gaps(
@@ -274,38 +264,58 @@ class Folder(Dataset[dict[str, Any]]):
             found.unlabelled if everything else [image_id for image_id in used if image_id not in found.present],
             found.missing if everything else (),
         )
-        self.ids = chosen[split]
-        if split == "train" and not self.ids:
-            raise InputError(f"{self.root} has no image left to train on: name a list as train or another val.")
-        self.images = [found.images[image_id] for image_id in self.ids]
-        self.labels = np.zeros((len(self.ids), len(self.classes)), np.float32)
-        for row, image_id in enumerate(self.ids):
-            self.labels[row, list(found.present[image_id])] = 1
-        self.masks: list[Path] | None = None
-        if split != "train" and masks is not None:
-            self.masks = self._find_masks(_masks_folder(self.root, masks), found.images)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+        ids = chosen[split]
+        if split == "train" and not ids:
+            raise InputError(f"{found.root} has no image left to train on: name a list as train or another val.")
+        truth = None if split == "train" or masks is None else _find_masks(_masks_folder(found.root, masks), found, ids)
+        super().__init__(found.classes, ids, [found.images[i] for i in ids], found.multi_hot(ids), truth)
+        self.root, self.has_background = found.root, has_background
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.images[index])
-        item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
-        if self.masks is not None:
-            mask = read_truth(self.masks[index], image, len(self.classes))
-            item["mask"] = mask if self.has_background else np.where(mask == 0, 255, mask).astype(np.uint8)
+        item = super().__getitem__(index)
+        if "mask" in item and not self.has_background:
+            item["mask"][item["mask"] == 0] = 255
         return item
 
-    def _find_masks(self, folder: Path, ids: Iterable[str]) -> list[Path]:
-        files = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
-        pngs = {p.with_suffix("").as_posix(): path for p, path in files.items()}
-        masks = {image_id: pngs[name] for name, image_id in match(pngs, ids, levels=2).items()}
-        if missing := [image_id for image_id in self.ids if image_id not in masks]:
-            raise InputError(
-                f"{len(missing)} of {len(self.ids)} images to evaluate on have no mask in {folder} ({few(missing)}): "
-                "add PNGs of the same path or of a file name that one image alone has, or list fewer images as val."
-            )
-        return [masks[image_id] for image_id in self.ids]
+    @property
+    def fingerprint(self) -> str:
+        status = [path.stat() for path in (*self.images, *(self.masks or ()))]
+        return digest(super().fingerprint, [(one.st_size, one.st_mtime_ns) for one in status])
+
+    @classmethod
+    def inspection(cls, **values: Any) -> Inspection:
+        """All images where labels and files do not fit, since the data set would refuse them."""
+        found = survey(values["root"], *(values.get(key) for key in ("labels", "masks", "classes")))
+        note = (
+            f"{found.root}: {len(found.images)} images, {len(found.classes)} classes, labels from {found.source}; "
+            f"{len(found.negatives)} images without any class"
+        )
+        train, val = values.get("train"), values.get("val")
+        chosen, everything = choose(found, train, val, values.get("seed", 0))
+        used = {*chosen["train"], *chosen["val"]}
+        problems = [f"the image {i} has no entry in the labels" for i in found.unlabelled if everything or i in used]
+        if everything:
+            problems += [f"the labels name {name}, which is no image" for name in found.missing]
+        sets: Mapping[str, Callable[[], Images]] = super().inspection(**values).sets
+        if problems:
+            ids = list(found.images)
+            paths = list(found.images.values())
+            sets = {"all": lambda: LabelledImages(found.classes, ids, paths, found.multi_hot(ids))}
+        elif val == "all" and train is None:  # as in an evaluation
+            sets = {"val": sets["val"]}
+        return Inspection(sets, [note], problems)
+
+
+def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path]:
+    files = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
+    pngs = {p.with_suffix("").as_posix(): path for p, path in files.items()}
+    masks = {image_id: pngs[name] for name, image_id in match(pngs, found.images, levels=2).items()}
+    if missing := [image_id for image_id in ids if image_id not in masks]:
+        raise InputError(
+            f"{len(missing)} of {len(ids)} images to evaluate on have no mask in {folder} ({first_names(missing)}): "
+            "add PNGs of the same path or of a file name that one image alone has, or list fewer images as val."
+        )
+    return [masks[image_id] for image_id in ids]
 
 
 def choose(found: Survey, train: str | None, val: str | float | None, seed: int) -> tuple[dict[str, list[str]], bool]:
@@ -358,13 +368,13 @@ def _listed(found: Survey, given: str, key: str) -> list[str]:
     names = read_lines(path)
     repeated, times = Counter(names).most_common(1)[0] if names else ("no image", 0)
     if times != 1:
-        raise InputError(f"{path} lists {few([repeated])} {times} times, expected each once: correct the list.")
+        raise InputError(f"{path} lists {first_names([repeated])} {times} times, expected each once: correct the list.")
     by_path = {path.relative_to(found.root).as_posix(): image_id for image_id, path in found.images.items()}
     images = {name: by_path[image] for name, image in match(names, by_path).items()}
     if missing := [name for name in names if name not in images]:
         raise InputError(
-            f"{path} lists {len(missing)} of {len(names)} names that find no image in {found.root} ({few(missing)}): "
-            "correct them, or take them out of the list."
+            f"{path} lists {len(missing)} of {len(names)} names that find no image in {found.root} "
+            f"({first_names(missing)}): correct them, or take them out of the list."
         )
     return [images[name] for name in names]
 
@@ -373,9 +383,9 @@ def _refuse_gaps(found: Survey, unlabelled: Collection[str], missing: Collection
     """Refuse images without an entry and entries without an image."""
     gaps = []
     if unlabelled:
-        gaps.append(f"{len(unlabelled)} of {len(found.images)} images have no entry ({few(unlabelled)})")
+        gaps.append(f"{len(unlabelled)} of {len(found.images)} images have no entry ({first_names(unlabelled)})")
     if missing:
-        gaps.append(f"{len(missing)} entries find no image ({few(missing)})")
+        gaps.append(f"{len(missing)} entries find no image ({first_names(missing)})")
     if gaps:
         raise InputError(
             f"{found.source} and the images in {found.root} do not fit, {' and '.join(gaps)}: correct the labels (an "

@@ -17,11 +17,12 @@ from typing import Any
 from urllib.parse import unquote
 
 from wsss import InputError
-from wsss.data.files import PathLike, load_label_dict, read_lines, reading
-from wsss.data.voc import read_annotation
+from wsss.data.files import PathLike, first_names, load_label_dict, read_annotation, read_lines, reading
 
 FORMATS = "a labels.csv in UTF-8, COCO or Label Studio JSON, a folder of VOC XML or cls_labels.npy"
 NOT_CLASSES = {"annotations", "images", "labels", "masks", "test", "train", "val", "valid"}
+
+CLASS_NAMES = "class_names.txt"
 
 Entries = Mapping[str, Collection[str]]
 
@@ -82,8 +83,8 @@ def folder_labels(root: Path, images: Iterable[str], classes: Sequence[str] | No
         raise InputError(f"{root} has neither a label file nor a folder for each class: add {FORMATS}.")
     if loose:
         raise InputError(
-            f"{root} has {len(loose)} images beside its class folders ({few(loose)}): move them into the folder of "
-            f"their class, or give labels: {FORMATS}."
+            f"{root} has {len(loose)} images beside its class folders ({first_names(loose)}): move them into the "
+            f"folder of their class, or give labels: {FORMATS}."
         )
     if general := sorted({name for names in entries.values() for name in names if name.lower() in NOT_CLASSES}):
         raise InputError(
@@ -91,12 +92,6 @@ def folder_labels(root: Path, images: Iterable[str], classes: Sequence[str] | No
             f"after its class, or give labels: {FORMATS}."
         )
     return _finish(root, entries, classes)
-
-
-def few(names: Collection[str]) -> str:
-    """The first three names on one line."""
-    shown = [repr(name)[1:-1][:120] for name in list(names)[:3]]  # repr escapes what is not printable
-    return ", ".join(shown + ["..."] * (len(names) > 3))
 
 
 def clean_path(name: str) -> str:
@@ -120,7 +115,7 @@ def _enter(entries: dict[str, Any], name: str, labels: Collection[str], where: s
     if not path.strip() or path.endswith("/"):
         raise InputError(f"{where} names no file ({reprlib.repr(name)}), expected that of an image: add it.")
     if path in entries:
-        raise InputError(f"{where} names {few([path])} again, expected each image once: remove the repeats.")
+        raise InputError(f"{where} names {first_names([path])} again, expected each image once: remove the repeats.")
     entries[path] = labels
     return path
 
@@ -140,8 +135,8 @@ def _finish(
     classes = distinct(given) if given is not None else known
     if unknown := sorted(used.difference(classes)):
         raise InputError(
-            f"{path} names {len(unknown)} classes ({few(unknown)}) that are not among the {len(classes)} given as "
-            f"classes ({few(classes)}): add them or correct the labels."
+            f"{path} names {len(unknown)} classes ({first_names(unknown)}) that are not among the {len(classes)} "
+            f"given as classes ({first_names(classes)}): add them or correct the labels."
         )
     index = {name: c for c, name in enumerate(classes)}
     found = {image: tuple(sorted({index[name] for name in names})) for image, names in entries.items()}
@@ -152,24 +147,29 @@ def distinct(names: Sequence[str], where: str = "classes") -> list[str]:
     """Class names, each once and at least one."""
     clean = [_class_name(name, where) for name in names]
     if len(set(clean)) < max(len(clean), 1):
-        raise InputError(f"{where} holds {len(clean)} names ({few(clean)}), expected distinct ones: correct them.")
+        raise InputError(
+            f"{where} holds {len(clean)} names ({first_names(clean)}), expected distinct ones: correct them."
+        )
     return clean
+
+
+def listed_classes(folder: Path) -> list[str] | None:
+    """The class names that a folder's class_names.txt lists, one a line; None where there is no such file."""
+    path = folder / CLASS_NAMES
+    return distinct(read_lines(path), str(path)) if path.exists() else None
 
 
 def _read_npy(path: Path, given: Sequence[str] | None) -> Labels:
     """The field's file, with the names of its columns in class_names.txt beside it or given."""
-    listed = path.parent / "class_names.txt"
-    if listed.exists():
-        names = distinct(read_lines(listed), str(listed))
-    elif given is not None:
-        names = distinct(given)
-    else:
+    names = listed_classes(path.parent) or (None if given is None else distinct(given))
+    if names is None:
+        listed = path.parent / CLASS_NAMES
         raise InputError(f"{path} does not name its classes: add {listed} with one name a line, or give classes.")
     entries: dict[str, list[str]] = {}
     for image, vector in load_label_dict(path).items():
         if len(vector) != len(names):
             raise InputError(
-                f"{path} has vectors of {len(vector)} classes, expected {len(names)} ({few(names)}): correct "
+                f"{path} has vectors of {len(vector)} classes, expected {len(names)} ({first_names(names)}): correct "
                 "class_names.txt or classes."
             )
         _enter(entries, image, [names[c] for c in vector.nonzero()[0]], str(path))
@@ -209,8 +209,8 @@ def _read_csv(path: Path, data: bytes, given: Sequence[str] | None) -> Labels:
     for where, row in rows:
         if len(row) != len(columns):
             raise InputError(
-                f"{where} has {len(row)} fields, expected {len(columns)} ({few(columns)}): separate columns by commas "
-                "and several labels by semicolons."
+                f"{where} has {len(row)} fields, expected {len(columns)} ({first_names(columns)}): separate columns by "
+                "commas and several labels by semicolons."
             )
         cells = {column: cell if column == "file" else cell.strip() for column, cell in zip(columns, row, strict=True)}
         for name in names:
@@ -236,12 +236,12 @@ def _header(where: str, row: list[str]) -> list[str]:
         raise InputError(f"{where} has {delimiter!r} between its columns, {expected}: separate them by commas.")
     columns = [_class_name(cell, where) for cell in row]
     if "file" not in columns or len(set(columns) - {"split"}) < 2:
-        raise InputError(f"{where} has the columns {few(columns)}, {expected}: add what is missing.")
+        raise InputError(f"{where} has the columns {first_names(columns)}, {expected}: add what is missing.")
     if len(set(columns)) < len(columns):
         raise InputError(f"{where} has a column twice ({', '.join(columns)}), {expected}: rename or remove it.")
     unknown = [column for column in columns if column not in ("file", "labels", "split")]
     if "labels" in columns and unknown:
-        raise InputError(f"{where} has labels and further columns ({few(unknown)}), {expected}: remove them.")
+        raise InputError(f"{where} has labels and further columns ({first_names(unknown)}), {expected}: remove them.")
     return columns
 
 
@@ -263,13 +263,17 @@ def _coco(path: Path, content: Any) -> tuple[list[str], Entries]:
         where = f"{path} categories[{n}]"
         key, name = _get(category, "id", (int, str), where), _get(category, "name", str, where)
         if key in names:
-            raise InputError(f"{where} has the id {few([str(key)])} again, expected each once: export the file again.")
+            raise InputError(
+                f"{where} has the id {first_names([str(key)])} again, expected each once: export the file again."
+            )
         names[key] = _class_name(name, where)
     for n, image in enumerate(_get(content, "images", list, str(path))):
         where = f"{path} images[{n}]"
         key = _get(image, "id", (int, str), where)
         if key in images:
-            raise InputError(f"{where} has the id {few([str(key)])} again, expected each once: export the file again.")
+            raise InputError(
+                f"{where} has the id {first_names([str(key)])} again, expected each once: export the file again."
+            )
         images[key] = set()
         _enter(entries, _get(image, "file_name", str, where), images[key], where)
     for n, annotation in enumerate(_get(content, "annotations", list, str(path))):
@@ -277,8 +281,8 @@ def _coco(path: Path, content: Any) -> tuple[list[str], Entries]:
         image, category = (_get(annotation, key, (int, str), where) for key in ("image_id", "category_id"))
         if image not in images or category not in names:
             raise InputError(
-                f"{where} has the image {few([str(image)])} and the category {few([str(category)])}, expected ids "
-                "listed in images and categories: export the file again."
+                f"{where} has the image {first_names([str(image)])} and the category "
+                f"{first_names([str(category)])}, expected ids listed in images and categories: export the file again."
             )
         images[image].add(names[category])
     return distinct(list(names.values()), f"{path} categories"), entries

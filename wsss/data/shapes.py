@@ -16,9 +16,9 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from wsss import InputError
+from wsss.data.base import Images
 
 Array = NDArray[Any]
 Range = tuple[float, float]
@@ -170,7 +170,7 @@ def is_range(values: Any, kind: type, low: float, high: float) -> bool:
     return pair and low <= values[0] <= values[1] <= high
 
 
-class Shapes(Dataset[dict[str, Any]]):
+class Shapes(Images):
     """Pictures of textured objects with image-level labels; an item depends on (seed, split, index) alone.
 
     Args:
@@ -186,11 +186,7 @@ class Shapes(Dataset[dict[str, Any]]):
             images show it with probability 0.1 * (1 - p). At 0 no image does.
         seed: of every random choice, from 0 on.
 
-    Attributes:
-        classes: the names of the foreground classes.
     """
-
-    classes: tuple[str, ...]
 
     def __init__(
         self,
@@ -223,10 +219,14 @@ class Shapes(Dataset[dict[str, Any]]):
         self.split, self.size, self.cooccurrence, self.seed = split, size, cooccurrence, seed
         self.length = train_size if split == "train" else val_size
         self.objects, self.object_scale = objects, (object_scale[0], object_scale[1])
-        self.classes = class_names(num_classes)
+        self.classes, self.has_masks = class_names(num_classes), split != "train"
 
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"{self.split}-{index:06d}" for index in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`image` uint8 (H, W, 3), `label` float32 (C,) multi-hot, `id` and, but for train, `mask`."""

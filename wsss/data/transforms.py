@@ -1,13 +1,15 @@
-"""Training transforms: one uint8 photograph in, the views a method trains on out.
+"""Training transforms: what is cut and mirrored together in, the views a method trains on out.
 
-A transform is called with the image (H, W, 3) and a numpy generator that alone decides what is drawn, and returns
-a dict of arrays. Arrays of shape (h, w, 3) are views in colours 0..255, which the DataModule normalises; `image` is
-the main one and `image_box` (4,) its rows [b0, b1) and columns [b2, b3) that hold photograph rather than padding.
+A transform is called with a dict of arrays of one height and width and a numpy generator that alone decides what is
+drawn. `image` uint8 (H, W, 3) is the photograph; where a stage learns from pixels there are also ids, integers (H, W),
+or scores, floats (H, W, K), which follow the main view. It returns a dict of arrays: of shape (h, w, 3) those are views
+in colours 0..255, which the DataModule normalises; `image` is the main one and `image_box` (4,) its rows [b0, b1) and
+columns [b2, b3) that hold photograph rather than padding.
 """
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -26,7 +28,9 @@ import albumentations as A
 from timm.data import create_transform
 
 Views = dict[str, np.ndarray]
+Transform = Callable[[Views, np.random.Generator], Views]
 BLACK = np.zeros(3, np.uint8)
+UNDECIDED = np.uint8(255)
 
 
 def scaled_size(image: np.ndarray, ratio: float) -> tuple[int, int]:
@@ -52,23 +56,50 @@ def place_window(height: int, width: int, size: int, rng: np.random.Generator) -
 def pad(part: np.ndarray, box: np.ndarray, size: int, fill: np.ndarray) -> np.ndarray:
     """The window of which the box shows a part of an image and the rest one colour, whose kind of number it has."""
     top, bottom, left, right = box
-    window = np.empty((size, size, 3), fill.dtype)
+    window = np.empty((size, size, *part.shape[2:]), fill.dtype)
     if part.shape != window.shape:
-        window[:] = np.tile(fill, (size, 1))
+        window[:] = np.tile(fill, (size, 1)) if fill.ndim else fill
     window[top:bottom, left:right] = part
     return window
 
 
-def random_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator, fill: np.ndarray = BLACK
-) -> tuple[np.ndarray, np.ndarray]:
-    """A square window of a canvas of one colour that holds the image at a random place; the image's box in it."""
-    rows, columns, box = place_window(image.shape[0], image.shape[1], size, rng)
-    return pad(image[rows, columns], box, size, fill), box
+def random_crop(views: Views, size: int, rng: np.random.Generator, fill: np.ndarray = BLACK) -> Views:
+    """One square window of a canvas that holds the views at a random place, and `image_box`, the image's box in it.
+
+    The canvas is of one colour `fill` around a photograph, 255 around ids and 0 around scores.
+    """
+    height, width = views["image"].shape[:2]
+    rows, columns, box = place_window(height, width, size, rng)
+    cut = {name: pad(view[rows, columns], box, size, _around(view, fill)) for name, view in views.items()}
+    return cut | {"image_box": box}
 
 
-def mirror(image: np.ndarray) -> np.ndarray:
-    return cv2.flip(image, 1)
+def mirror(view: np.ndarray) -> np.ndarray:
+    return cv2.flip(view, 1).reshape(view.shape)  # it drops a last axis of one
+
+
+def mirror_all(views: Views) -> Views:
+    return {name: mirror(view) for name, view in views.items()}
+
+
+def resize_all(views: Views, size: tuple[int, int], resample: Image.Resampling) -> Views:
+    """To height and width `size`: photographs by a filter of PIL, ids by the nearest, scores bilinearly."""
+
+    def resize(view: np.ndarray) -> np.ndarray:
+        if view.ndim == 2:
+            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        if view.dtype != np.uint8:
+            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_LINEAR).reshape(*size, -1)
+        return np.asarray(Image.fromarray(view).resize(size[::-1], resample))
+
+    return {name: resize(view) for name, view in views.items()}
+
+
+def _around(view: np.ndarray, fill: np.ndarray) -> np.ndarray:
+    """What surrounds a view where it does not reach."""
+    if view.ndim == 2:
+        return np.asarray(UNDECIDED)
+    return fill if view.dtype == np.uint8 else np.zeros((), view.dtype)
 
 
 def mirror_box(box: np.ndarray, width: int) -> np.ndarray:
@@ -83,6 +114,14 @@ def _check(crop_size: int, scale: Sequence[float]) -> tuple[int, tuple[float, fl
     return crop_size, (float(scale[0]), float(scale[1]))
 
 
+def _refuse_pixels(views: Views, name: str) -> None:
+    if pixels_given := views.keys() - {"image"}:
+        raise InputError(
+            f"transform {name} cuts and turns the image alone, and {', '.join(sorted(pixels_given))} could not follow: "
+            "choose transform=cam or null for a stage that trains on pixels"
+        )
+
+
 class FlipCrop:
     """The default of a method without a transform of its own: random scale, mirror image, crop.
 
@@ -94,12 +133,12 @@ class FlipCrop:
     def __init__(self, crop_size: int = 448, scale: Sequence[float] = (0.5, 2.0)) -> None:
         self.crop_size, self.scale = _check(crop_size, scale)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
-        image = scale_image(image, rng.uniform(*self.scale))
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        size = scaled_size(views["image"], rng.uniform(*self.scale))
+        views = resize_all(views, size, Image.Resampling.BILINEAR)
         if rng.random() < 0.5:
-            image = mirror(image)
-        window, box = random_crop(image, self.crop_size, rng)
-        return {"image": window, "image_box": box}
+            views = mirror_all(views)
+        return random_crop(views, self.crop_size, rng)
 
 
 # Drawn by albumentations, painted as by PIL in the papers' code: OpenCV knows 180 hues, extends borders in another way,
@@ -129,6 +168,13 @@ class Jitter(A.ColorJitter):
             else:
                 img = pixels.turn_hue(img, int(255 * hue))
         return img
+
+
+class Grey(A.ToGray):
+    """PIL's brightness, which differs from OpenCV's by a level here and there."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return cv2.merge([pixels.grey(img)] * 3)
 
 
 class Blur(A.GaussianBlur):
@@ -192,13 +238,15 @@ class ToCoViews:
             [
                 *first,
                 Jitter(**colours, hue=(-0.1 * jitter, 0.1 * jitter), p=0.8),
-                A.ToGray(p=0.2),
+                Grey(p=0.2),
                 Blur(sigma_limit=(0.1, 2.0), p=blur),
                 A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarize),
             ]
         )
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        _refuse_pixels(views, type(self).__name__)
+        image = views["image"]
         ratio, mirrored = rng.uniform(*self.scale), rng.random() < 0.5
         height, width = scaled_size(image, ratio)
         rows, columns, box = place_window(height, width, self.crop_size, rng)
@@ -214,13 +262,13 @@ class ToCoViews:
             flips[1] = flips[0]
             if flips[0]:
                 box = mirror_box(box, self.crop_size)
-        views = {
+        sources = {
             "image": (self.main, window),
             "local_source": (self.local, window),
             "global_view": (self.global_, image),
         }
         result = {"image_box": box}
-        for (name, (compose, source)), flip in zip(views.items(), flips, strict=True):
+        for (name, (compose, source)), flip in zip(sources.items(), flips, strict=True):
             compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
             result[name] = compose(image=mirror(source) if flip else source)["image"]
         return result
@@ -266,17 +314,16 @@ class LongSideCrop:
             ]
         )
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
-        h, w = image.shape[:2]
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        h, w = views["image"].shape[:2]
         factor = rng.integers(self.long_side[0], self.long_side[1] + 1) / max(h, w)
-        size = (max(1, round(w * factor)), max(1, round(h * factor)))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        size = (max(1, round(h * factor)), max(1, round(w * factor)))
+        views = resize_all(views, size, Image.Resampling.BICUBIC)
         if rng.random() < 0.5:
-            image = mirror(image)
+            views = mirror_all(views)
         self.colour.set_random_seed(int(rng.integers(2**31)))
-        image = self.colour(image=image)["image"]
-        window, box = random_crop(image, self.crop_size, rng, np.array(self.mean, np.float32) * 255)
-        return {"image": window, "image_box": box}
+        views["image"] = self.colour(image=views["image"])["image"]
+        return random_crop(views, self.crop_size, rng, np.array(self.mean, np.float32) * 255)
 
 
 class RandAugmentCrop:
@@ -322,9 +369,10 @@ class RandAugmentCrop:
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = posterize
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Views:
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        _refuse_pixels(views, type(self).__name__)
         with global_seed(int(rng.integers(2**31))):
-            view = self.apply(Image.fromarray(image))  # (3, h, w)
+            view = self.apply(Image.fromarray(views["image"]))  # (3, h, w)
         # back to colours, floats because the noise leaves 0..255: the DataModule normalises
         for plane, mean, std in zip(view, self.mean, self.std, strict=True):
             plane.mul_(std).add_(mean).mul_(255)

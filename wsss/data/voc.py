@@ -1,29 +1,15 @@
 """PASCAL VOC, and any data set in its layout."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-from xml.etree.ElementTree import TreeBuilder
-from xml.parsers import expat
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from wsss import InputError
-from wsss.data.files import (
-    IMAGE_SUFFIXES,
-    PathLike,
-    files_by_stem,
-    find_given,
-    load_label_dict,
-    read_image,
-    read_lines,
-    read_list,
-    read_truth,
-    reading,
-)
+from wsss.data.base import LabelledImages, check_split, pick
+from wsss.data.files import IMAGE_SUFFIXES, annotation_labels, files_by_stem, find_given, load_label_dict, read_list
+from wsss.data.labels import distinct, listed_classes
 
-T = TypeVar("T")
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -34,13 +20,11 @@ LAYOUT = (
 )
 
 
-class VOC(Dataset[dict[str, Any]]):
+class VOC(LabelledImages):
     """Photographs with image-level labels; masks only outside of training.
 
-    An item is a dict: `image` uint8 (H, W, 3), `label` float32 (C,), `id` str and, unless split is "train",
-    `mask` uint8 (H, W), 0 background, c+1 for class c, 255 ignore. A list named test of which no image has a
-    mask is evaluated without masks. Raises InputError for whatever does not fit: list, labels and the presence
-    of every file are checked at once, image and mask when opened.
+    A list named test of which no image has a mask is evaluated without masks. Raises InputError for whatever does not
+    fit: list, labels and the presence of every file are checked at once, image and mask when opened.
 
     Args:
         root: folder with JPEGImages/<id>.jpg and what the other arguments name.
@@ -63,51 +47,42 @@ class VOC(Dataset[dict[str, Any]]):
         masks: str | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        if split not in ("train", "val"):
-            raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+        check_split(split)
         self.root = Path(root).expanduser()
-        image_folder = self.root / "JPEGImages"
-        images = files_by_stem(image_folder, IMAGE_SUFFIXES, LAYOUT)
+        folder = self.root / "JPEGImages"
+        found = files_by_stem(folder, IMAGE_SUFFIXES, LAYOUT)
         if train is None:
             train = "train_aug" if (self.root / "ImageSets/Segmentation/train_aug.txt").is_file() else "train"
         list_path = self._list_path(train if split == "train" else val)
-        self.ids = read_list(list_path)
+        ids = read_list(list_path)
         hidden = split == "val" and list_path.stem == "test"  # VOC keeps labels and masks of this list to itself
-        self.images = self._pick(images, f"image in {image_folder}")
-        self.classes = self._class_names(classes)
-        label_path = self._label_path(labels)
-        if label_path.is_dir():
-            known = annotation_labels(label_path, self.ids, self.classes)
-        else:
-            known = load_label_dict(label_path)
-        if hidden and known.keys().isdisjoint(self.ids):
-            raise InputError(
-                f"{label_path} labels none of the {len(self.ids)} images of {list_path}, and VOC's test has no public "
-                "labels: predict its masks with wsss-predict, or pass labels=<file>."
-            )
-        self.labels = np.stack(self._pick(known, f"label in {label_path}"))  # (N, C)
-        if self.labels.shape[1] != len(self.classes):
-            raise InputError(
-                f"{label_path} has vectors of {self.labels.shape[1]} classes, expected {len(self.classes)}"
-                f" ({self.classes[0]}, ...): give the class names in class_names.txt or as classes."
-            )
-        self.masks: list[Path] | None = None
-        if split != "train":
-            augmented = (self.root / "SegmentationClassAug").is_dir()
-            folder = find_given(self.root, masks or ("SegmentationClassAug" if augmented else "SegmentationClass"))
-            found = {} if hidden and not masks and not folder.is_dir() else files_by_stem(folder, (".png",), LAYOUT)
-            if not (hidden and found.keys().isdisjoint(self.ids)):
-                self.masks = self._pick(found, f"mask in {folder}")
+        images = pick(ids, found, f"image in {folder}")
+        names = tuple(distinct(classes) if classes else listed_classes(self.root) or VOC_CLASSES)
+        truth = None if split == "train" else self._masks(masks, ids, hidden)
+        super().__init__(names, ids, images, self._labels(labels, ids, names, list_path if hidden else None), truth)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def _labels(self, given: str | None, ids: Sequence[str], classes: Sequence[str], hidden: Path | None) -> np.ndarray:
+        """(N, C) float32; `hidden` is a list of images whose labels perhaps nobody has."""
+        path = self._label_path(given)
+        known = annotation_labels(path, ids, classes) if path.is_dir() else load_label_dict(path)
+        if hidden and known.keys().isdisjoint(ids):
+            raise InputError(
+                f"{path} labels none of the {len(ids)} images of {hidden}, and VOC's test has no public labels: "
+                "predict its masks with wsss-predict, or pass labels=<file>."
+            )
+        labels = np.stack(pick(ids, known, f"label in {path}"))
+        if labels.shape[1] != len(classes):
+            raise InputError(
+                f"{path} has vectors of {labels.shape[1]} classes, expected {len(classes)} ({classes[0]}, ...): give "
+                "the class names in class_names.txt or as classes."
+            )
+        return labels
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.images[index])
-        item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
-        if self.masks is not None:
-            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
-        return item
+    def _masks(self, given: str | None, ids: Sequence[str], hidden: bool) -> list[Path] | None:
+        augmented = (self.root / "SegmentationClassAug").is_dir()
+        folder = find_given(self.root, given or ("SegmentationClassAug" if augmented else "SegmentationClass"))
+        found = {} if hidden and not given and not folder.is_dir() else files_by_stem(folder, (".png",), LAYOUT)
+        return None if hidden and found.keys().isdisjoint(ids) else pick(ids, found, f"mask in {folder}")
 
     def _list_path(self, name: str) -> Path:
         folder = self.root / "ImageSets" / "Segmentation"
@@ -126,68 +101,3 @@ class VOC(Dataset[dict[str, Any]]):
             expected = "one cls_labels*.npy, or Annotations"
             raise InputError(f"{self.root} must hold {expected}, found {names}: pass labels=<file or folder>.")
         return found[0]
-
-    def _class_names(self, given: Sequence[str] | None) -> tuple[str, ...]:
-        path = self.root / "class_names.txt"
-        names = tuple(given or (read_lines(path) if path.exists() else VOC_CLASSES))
-        if len(set(names)) < max(len(names), 1):
-            raise InputError(f"The class names ({', '.join(names)}) must be distinct: correct {path} or classes.")
-        return names
-
-    def _pick(self, found: Mapping[str, T], what: str) -> list[T]:
-        missing = [image_id for image_id in self.ids if image_id not in found]
-        if missing:
-            first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            count = f"{len(missing)} of {len(self.ids)} listed ids"
-            raise InputError(f"{count} have no {what} ({first}): add them or shorten the list.")
-        return [found[image_id] for image_id in self.ids]
-
-
-def read_annotation(path: PathLike) -> tuple[str, ...]:
-    """Reads the names of the objects of one VOC XML file, each once, difficult ones too; not those of their parts.
-
-    Raises:
-        InputError: no such file, no XML, another root than <annotation>, an object without a name, a DTD.
-    """
-    with reading(path, "an XML file of VOC", "correct it, or take it out of the list"), open(path, "rb") as file:
-        tree = TreeBuilder()
-        parser = expat.ParserCreate()
-        parser.StartElementHandler, parser.EndElementHandler = tree.start, tree.end
-        parser.CharacterDataHandler = tree.data
-        parser.StartDoctypeDeclHandler = _refuse_dtd
-        parser.ParseFile(file)
-        root = tree.close()
-        if root.tag != "annotation":
-            raise ValueError(f"its root is <{root.tag}>, expected <annotation>")
-        names = [(found.findtext("name") or "").strip() for found in root.findall("object")]
-        if not all(names):
-            raise ValueError("it has an object without a name")
-    return tuple(dict.fromkeys(names))
-
-
-def _refuse_dtd(*declaration: object) -> None:
-    raise ValueError("it declares a document type, which an annotation does not need")  # no DTD, no entities
-
-
-def annotation_labels(
-    folder: Path, ids: Sequence[str], classes: Sequence[str], progress: Callable[[int, int], None] | None = None
-) -> dict[str, np.ndarray]:
-    """Image-level labels, id -> float32 (C,) of zeros and ones, of those images that have an XML file in a folder.
-
-    Raises:
-        InputError: a file cannot be read or names an object that is none of the classes.
-    """
-    columns = {name: column for column, name in enumerate(classes)}
-    files = files_by_stem(folder, (".xml",), LAYOUT)
-    labels: dict[str, np.ndarray] = {}
-    present = [image_id for image_id in ids if image_id in files]
-    for done, image_id in enumerate(present, start=1):
-        names = read_annotation(files[image_id])
-        if unknown := [name for name in names if name not in columns]:
-            known = f"none of the classes ({', '.join(classes)})"
-            raise InputError(f"{files[image_id]} names {unknown[0]!r}, {known}: correct it or give all class names.")
-        labels[image_id] = np.zeros(len(columns), np.float32)
-        labels[image_id][[columns[name] for name in names]] = 1
-        if progress:
-            progress(done, len(present))
-    return labels

@@ -3,13 +3,14 @@
 `build("ptc")` gives a module by the short name of its paper; importing this package needs torch only.
 """
 
-from wsss.losses.cam import EquivarianceLoss, EquivariantCrossLoss, MinPoolingLoss, MultiscaleAttentiveLoss
-from wsss.losses.classification import ClassificationLoss
-from wsss.losses.contrast import ClassTokenContrastLoss, ClassTokenSeparationLoss, PatchTokenContrastLoss
+from wsss.losses.cross_entropy import BalancedCrossEntropyLoss, ClassificationLoss
 from wsss.losses.energy import DenseEnergyLoss
-from wsss.losses.prototype import PixelPrototypeContrastLoss, PrototypeMemory, RegionalContrastLoss
+from wsss.losses.mctformer import ClassTokenSeparationLoss
+from wsss.losses.ppc import PixelPrototypeContrastLoss
+from wsss.losses.rcm_mam import MultiscaleAttentiveLoss, PrototypeMemory, RegionalContrastLoss
 from wsss.losses.registry import LOSSES, build, register
-from wsss.losses.segmentation import BalancedCrossEntropyLoss
+from wsss.losses.seam import EquivarianceLoss, EquivariantCrossLoss, MinPoolingLoss
+from wsss.losses.toco import ClassTokenContrastLoss, PatchTokenContrastLoss
 
 __all__ = [
     "LOSSES",

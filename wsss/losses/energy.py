@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsss.cam import box_mask
 from wsss.lattice import PermutohedralLattice
 from wsss.losses.registry import register
 
@@ -32,6 +33,12 @@ class DenseEnergyLoss(nn.Module):
     Computed in float32 whatever the inputs' type and with or without autocast. Half-precision logits receive
     a half-precision gradient; at the default strength it is below float16's range unless the loss is scaled.
     An image without any pixel in its box contributes 0, and a gradient of 0.
+
+    Examples:
+        >>> image, seg_logits = torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 4, 4)
+        >>> label = torch.zeros(1, 8, 8, dtype=torch.long)
+        >>> bool(build("dense_energy")(image, seg_logits, label) < 0)  # an energy to be lowered
+        True
     """
 
     def __init__(
@@ -69,7 +76,9 @@ class DenseEnergyLoss(nn.Module):
             align_corners=False,
             recompute_scale_factor=True,
         )
-        inside = _box_mask(image_box, image) if image_box is not None else torch.ones_like(image[:, :1])
+        inside = torch.ones_like(image[:, :1])
+        if image_box is not None:
+            inside = box_mask(image_box.to(image.device, non_blocking=True), size)[:, None].to(image.dtype)
         undecided = (label == self.ignore_index)[:, None].float()
         small_image, small_inside, small_undecided = (
             F.interpolate(x.float(), scale_factor=self.scale, mode="nearest") for x in (image, inside, undecided)
@@ -94,13 +103,3 @@ class DenseEnergyLoss(nn.Module):
         gate = (inside - probs.amax(1, keepdim=True)).clamp(min=0)
         gate = torch.where(undecided > 0, 1.0, gate)
         return inside * gate * filtered
-
-
-def _box_mask(image_box: Tensor, image: Tensor) -> Tensor:
-    """(B, 1, H, W): 1 in rows [b0, b1) and columns [b2, b3) of image_box (B, 4), 0 elsewhere."""
-    box = image_box.to(image.device, non_blocking=True)[:, :, None]  # (B, 4, 1)
-    rows = torch.arange(image.shape[-2], device=image.device)
-    columns = torch.arange(image.shape[-1], device=image.device)
-    row_in = (rows >= box[:, 0]) & (rows < box[:, 1])  # (B, H)
-    column_in = (columns >= box[:, 2]) & (columns < box[:, 3])  # (B, W)
-    return (row_in[:, None, :, None] & column_in[:, None, None, :]).to(image.dtype)

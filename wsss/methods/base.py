@@ -1,21 +1,26 @@
-"""What all methods share: logging, evaluation steps and checkpoint contents. No training logic."""
+"""What the methods that localise classes by activation maps share beside `Stage`. No training logic."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wsss import InputError
-from wsss.losses import build
-from wsss.metrics import Protocol, evaluation, figures_of
-from wsss.refine.cam import cam_to_label, denormalise, multiscale_cam, multiscale_seg, resize
-from wsss.refine.crf import dense_crf
+from wsss.cam import larger, min_max, multiscale_cam, rescale, rescale_photograph, resize
+from wsss.evaluation.metrics import evaluation
+from wsss.methods.stage import Stage
+from wsss.refine.thresholds import cam_to_label
 
 
-class WSSSModule(pl.LightningModule):
+class OfficialCheckpoint(NamedTuple):
+    """What a checkpoint of a paper's own code holds, in our words."""
+
+    option: str  # name of our method in conf/method
+    state_dict: dict[str, Tensor]
+    values: dict[str, Any]  # the constructor's arguments that the file itself tells
+
+
+class WSSSModule(Stage):
     """Base of the methods.
 
     A method gives `forward(image) -> {"logits": (B, C), "seg": (B, 1 + C, h, w) or None, <cam name>: (B, C, h, w)}`,
@@ -29,10 +34,13 @@ class WSSSModule(pl.LightningModule):
         computed: the loss keys this method computes.
     """
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     cam_names: tuple[str, ...] = ("cam",)
-    has_background: bool = True
+    photographic_scales: bool = False
+    """Other scales are those of the 8-bit photograph, as in code that loads it at several sizes; else of the tensor."""
+    fuse: Callable[[Tensor, Tensor], Tensor] = staticmethod(larger)
+    """How maps of image and mirror image become one."""
+    normalise: Callable[[Tensor], Tensor] = staticmethod(min_max)
+    """How the sum of the maps of all scales is brought to [0, 1]."""
 
     def __init__(
         self,
@@ -43,47 +51,40 @@ class WSSSModule(pl.LightningModule):
         losses: Mapping[str, Mapping[str, Any] | None],
         computed: Sequence[str],
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.classes = tuple(classes or map(str, range(num_classes)))
-        if len(self.classes) != num_classes:
-            raise InputError(f"classes has {len(self.classes)} names for num_classes={num_classes}")
+        super().__init__(num_classes, classes, losses, computed)
         self.background_threshold = background_threshold
         self.cam_scales = tuple(cam_scales)
-        self.protocol = Protocol()
-        self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
-        self.losses = nn.ModuleDict()
-        self.loss_weights: dict[str, float] = {}
-        for key, settings in losses.items():
-            if key not in computed:
-                raise InputError(f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}")
-            if settings is not None:
-                if not isinstance(settings, Mapping) or not isinstance(settings.get("weight", 1.0), int | float):
-                    raise InputError(f"losses.{key} is {settings}: expected {{weight: number, ...}} or null")
-                arguments = dict(settings)
-                self.loss_weights[key] = float(arguments.pop("weight", 1.0))
-                self.losses[key] = build(key, **arguments)
-        if not self.losses:
-            raise InputError("losses: every term is null, so there is nothing to learn")
-        self.metrics: Any = evaluation(num_classes, self.cam_names, background_threshold)
+        self.metrics = evaluation(num_classes, self.cam_names, background_threshold)
+
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """A checkpoint of the paper's own code; None where its names are not of this method.
+
+        Raises:
+            InputError: the names are this method's, but something is missing or does not fit; `path` names the file.
+        """
+        return None
 
     def without_background(self) -> None:
-        """For data whose classes tile the image: no pixel of a CAM, a pseudo label or a prediction is background."""
-        self.has_background, self.background_threshold = False, -1.0
+        super().without_background()
+        self.background_threshold = -1.0
         self.metrics = evaluation(self.num_classes, self.cam_names, self.background_threshold)
-
-    def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
-        """Weighted sum of the loss terms, shown with its parts; what `training_step` returns and RunLog logs."""
-        total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
-        self.log("train/loss", total.detach(), prog_bar=True, logger=False)
-        parts = {key: term.detach() for key, term in terms.items()}
-        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True, logger=False)
-        return {"loss": total, "terms": parts}
 
     def raw_cam(self, image: Tensor) -> Tensor:
         """(B, K*C, h, w): the raw maps of one pass, one group of C channels for each of `cam_names`."""
         output = self(image)
         return torch.cat([output[name] for name in self.cam_names], dim=1)
+
+    def rescale(self, image: Tensor, scale: float) -> Tensor:
+        """Normalised images at another scale."""
+        if self.photographic_scales:
+            return rescale_photograph(image, scale, self.mean, self.std)
+        return rescale(image, scale)
+
+    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
+        """(B, K*C, H, W) in [0, 1]: `raw_cam` over `cam_scales` and mirror images; `first` is that of `image`."""
+        how = (self.rescale, self.fuse, self.normalise)
+        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, *how)
 
     @torch.no_grad()
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
@@ -97,33 +98,11 @@ class WSSSModule(pl.LightningModule):
         maps = self.multiscale(image, first).chunk(len(self.cam_names), dim=1)
         return output | dict(zip(self.cam_names, maps, strict=True))
 
-    def colours(self, image: Tensor) -> Tensor:
-        """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
-        return denormalise(image, self.mean, self.std)
-
-    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, K*C, H, W) in [0, 1]: `raw_cam` over `cam_scales` and mirror images; `first` is that of `image`."""
-        return multiscale_cam(self.raw_cam, image, self.cam_scales, first)
-
-    def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
-        """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of `infer`."""
-        protocol, side = self.protocol, self.protocol.size
-        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
-            scores = resize(seg, size)
-        else:
-            sized = image if side is None else resize(image, (side, side))
-            how = (protocol.scales, protocol.flip, protocol.fusion)
-            scores = multiscale_seg(lambda x: self(x)["seg"], sized, size, *how)
-        if protocol.crf is not None:
-            scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
-        return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
-
     def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
         return cam_to_label(cam, label, self.background_threshold)
 
     def describe(self, split: str) -> dict[str, str]:
-        """For each evaluated figure what it was measured on and under which protocol."""
         notes = self.protocol.describe(split, self.cam_scales, self.background_threshold)
         return {f"val/{key}": note for key, note in notes.items()}
 
@@ -140,11 +119,25 @@ class WSSSModule(pl.LightningModule):
         for name in self.cam_names:
             self.metrics[f"{name}_miou"].update(resize(output[name], size), kept, mask)
 
-    def on_validation_epoch_end(self) -> None:
-        figures = figures_of(self.metrics, self.classes)
-        self.log_dict({f"val/{key}": value for key, value in figures.items()}, logger=False)
+    @torch.no_grad()
+    def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Image, CAM and pseudo label of the true labels, as in training, prediction and truth, where there are any.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
-        images["has_background"] = self.has_background
-        checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin
+        A method with class attention also shows where the tokens of the true classes look.
+        """
+        image, label = batch["image"].to(self.device), batch["label"].to(self.device)
+        size, output = image.shape[-2:], self.infer(image)
+        cam = resize(output["cam"], size) * label[:, :, None, None]
+        colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+        pictures = {"image": colours, "CAM": cam[0].amax(0), "pseudo label": self.pseudo_label(image, cam, label)[0]}
+        if output["seg"] is not None:
+            pictures["prediction"] = resize(output["seg"], size).argmax(1)[0]
+        if "mask" in batch:
+            pictures["truth"] = batch["mask"][0]
+        shown = {"examples": pictures}
+        if "attention" in output:
+            maps = min_max(resize(output["attention"], size))[0]
+            shown["attention"] = {"image": colours} | {
+                self.classes[c]: maps[c] for c in label[0].nonzero()[:, 0].tolist()
+            }
+        return shown

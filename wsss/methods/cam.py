@@ -1,7 +1,6 @@
 """CAM: the class activation maps of a plain classifier (Zhou et al., CVPR 2016), the baseline of every table."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from wsss.cam import by_max
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
-from wsss.optim import parameter_groups, sgd_poly
-from wsss.refine.cam import by_max, multiscale_cam, rescale_photograph
+from wsss.optim import sgd_poly
 
 
 class CAM(WSSSModule):
@@ -38,6 +37,10 @@ class CAM(WSSSModule):
         power: of the polynomial decay.
     """
 
+    photographic_scales = True
+    fuse = staticmethod(torch.add)
+    normalise = staticmethod(by_max)
+
     def __init__(
         self,
         num_classes: int,
@@ -61,7 +64,6 @@ class CAM(WSSSModule):
         self.dropout = nn.Dropout2d(dropout)
         self.fc8 = nn.Conv2d(self.backbone.channels, num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
-        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), not negative; seg None."""
@@ -73,13 +75,6 @@ class CAM(WSSSModule):
         logits = self(batch["image"])["logits"]
         return self.combine({"cls": self.losses["cls"](logits, batch["label"])}, self.loss_weights)
 
-    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
-        """Sum over scales and mirror images, each class divided by its maximum."""
-        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
-        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, by_max)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self, self.lr, self.weight_decay, heads=[self.fc8])
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
+        return sgd_poly(self, [self.fc8], self.total_steps, **settings)

@@ -1,5 +1,6 @@
 """MCTformer: multi-class token transformer (Xu et al., CVPR 2022, arXiv 2203.02891; TPAMI 2024, arXiv 2308.03005)."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,14 +9,14 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW
 
 from wsss import InputError
-from wsss.methods.base import WSSSModule
+from wsss.cam import min_max
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.mct import MCTEncoder, global_average_pool, global_weighted_rank_pool
-from wsss.optim import warmup_cosine
-from wsss.refine.cam import min_max, multiscale_cam, rescale_photograph
+from wsss.networks.weights import VIT_LAYOUT, compare_layout, vit_arguments
+from wsss.optim import stepwise, warmup_cosine
 
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"gap": global_average_pool, "gwrp": global_weighted_rank_pool}
 
@@ -27,9 +28,8 @@ MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Localisation maps from class attention and patch CAM, both (B, C, h, w) and not negative."""
 
-
-PACE = 6.25e-5 * 384
-"""Learning rate times channels of the paper's DeiT-S."""
+PAPER_LR_TIMES_WIDTH = 6.25e-5 * 384
+"""Of the paper's DeiT-S."""
 
 
 class MCTformer(WSSSModule):
@@ -72,6 +72,10 @@ class MCTformer(WSSSModule):
         weight_decay: of matrices and convolutions; biases, norms, class tokens and a joint table have none.
     """
 
+    photographic_scales = True
+    fuse = staticmethod(torch.add)
+    normalise = staticmethod(partial(min_max, eps=1e-8))
+
     def __init__(
         self,
         num_classes: int,
@@ -109,7 +113,7 @@ class MCTformer(WSSSModule):
                 without = " without patch_pooling" if patch_pooling is None else ""
                 raise InputError(f"{name} is {value!r}: expected{without} one of {', '.join(map(str, known))}")
         self.encoder = MCTEncoder(num_classes, backbone, weights, backbone_args, position)
-        pace = lr * self.encoder.embed_dim / PACE
+        pace = lr * self.encoder.embed_dim / PAPER_LR_TIMES_WIDTH
         if weights is not None and pace > 1.5:
             warnings.warn(
                 f"class logits are means over the {self.encoder.embed_dim} channels of a token and move by lr x "
@@ -125,9 +129,7 @@ class MCTformer(WSSSModule):
             self.head: nn.Module | None = nn.Conv2d(self.encoder.embed_dim, num_classes, 3, padding=1)
         else:
             self.head = None
-        self.fuse, self.attention_layers, self.refine = MAPS[map_type], attention_layers, refine
-        self.classify_by = classify_by
-        self.lr, self.weight_decay, self.epochs = lr, weight_decay, epochs
+        self.locate = MAPS[map_type]
         self.rate = warmup_cosine(epochs, lr, min_lr, warmup_lr, warmup_epochs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -149,23 +151,17 @@ class MCTformer(WSSSModule):
         assert tokens.attention is not None
         classes, size = self.num_classes, tokens.patches.shape[-2:]
         logits = tokens.class_tokens[-1].mean(-1)
-        attention = tokens.attention[-self.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
+        attention = tokens.attention[-self.hparams.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
         cam = attention
         if self.head is not None:
             patch_cam = self.head(tokens.patches)
-            cam = self.fuse(attention, patch_cam.relu())
-            if self.classify_by == "both":
+            cam = self.locate(attention, patch_cam.relu())
+            if self.hparams.classify_by == "both":
                 logits = (logits + self.pool(patch_cam)) / 2
-        if self.refine:
+        if self.hparams.refine:
             affinity = tokens.attention[:, :, classes:, classes:].sum(0)  # what each row's patch takes from the others
             cam = (cam.flatten(2) @ affinity.mT).unflatten(2, size)
         return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
-
-    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
-        """Sum over scales and mirror images, each class brought to [0, 1]."""
-        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
-        normalise = partial(min_max, eps=1e-8)
-        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, normalise)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decayed: list[Tensor] = []
@@ -174,8 +170,67 @@ class MCTformer(WSSSModule):
             last = name.rsplit(".", 1)[-1]
             exempt = parameter.ndim <= 1 or last in ("bias", "cls_token", "pos_embed")
             (free if exempt else decayed).append(parameter)
-        groups = [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": self.weight_decay}]
-        optimizer: Optimizer = AdamW(groups, lr=self.lr)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, lambda step: self.rate(step * self.epochs // total) / self.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        groups = [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": self.hparams.weight_decay}]
+        lr, epochs, steps = self.hparams.lr, self.hparams.epochs, self.total_steps
+        return stepwise(AdamW(groups, lr=lr), lambda step: self.rate(step * epochs // steps) / lr)
+
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """A checkpoint of V1, V2 or +; it tells `num_classes` and `backbone_args` but for the number of heads."""
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if "cls_token" not in state:
+            return None
+        tokens, head = state["cls_token"], state.get("head.weight", torch.empty(0))
+        if tokens.ndim == 3 and tokens.shape[1] == 1 and len(head) != 1:
+            raise InputError(
+                f"checkpoint {path} holds the ImageNet weights of a vision transformer (one class token), no trained "
+                f"MCTformer: train from it with method.weights={path}"
+            )
+        if "pos_embed_cls" in state or "pos_embed_pat" in state:
+            version = "mctformer_plus"
+        else:
+            version = "mctformer" if head.ndim == 4 else "mctformer_v1"
+        faults, sizes = compare_layout(state, OFFICIAL_LAYOUT | VERSIONS[version], ("norm.weight", "norm.bias"))
+        patches = sizes.get("patches", sizes.get("positions", 0) - sizes.get("classes", 0))
+        side = math.isqrt(max(0, patches))
+        if not faults and (side == 0 or side**2 != patches):
+            faults = f"has {patches} patch positions, which is no square grid"
+        if faults:
+            raise InputError(
+                f"checkpoint {path} looks like one of the original MCTformer code (method={version}), but it {faults}; "
+                "give a checkpoint.pth of V1, V2 or +, or a checkpoint of wsss-train"
+            )
+        values = {"num_classes": sizes["classes"], "backbone_args": vit_arguments(sizes, side)}
+        used = {n: t.float() for n, t in state.items() if not f"{n}.".startswith(UNUSED[version])}
+        return OfficialCheckpoint(version, {_our_name(name): tensor for name, tensor in used.items()}, values)
+
+
+OFFICIAL_LAYOUT = {
+    "cls_token": "1 classes width",
+    **VIT_LAYOUT,
+    "norm.weight": "width",
+    "norm.bias": "width",
+    "head.bias": "classes",
+}
+"""Names and shapes that the files of all versions share."""
+
+VERSIONS = {
+    "mctformer_v1": {"pos_embed": "1 positions width", "head.weight": "classes width"},
+    "mctformer": {"pos_embed": "1 positions width", "head.weight": "classes width 3 3"},
+    "mctformer_plus": {
+        "pos_embed": "1 unused width",
+        "pos_embed_cls": "1 classes width",
+        "pos_embed_pat": "1 patches width",
+        "head.weight": "classes width 3 3",
+    },
+}
+"""What is in the files of one version, by the name of our method."""
+
+UNUSED = {"mctformer_v1": ("norm.", "head."), "mctformer": ("norm.",), "mctformer_plus": ("norm.", "pos_embed.")}
+"""What a file holds and the network never uses, by the name of our method."""
+
+
+def _our_name(name: str) -> str:
+    """A name of the original -> ours."""
+    places = {"pos_embed": "encoder.position.", "head.": ""}
+    return next((place for first, place in places.items() if name.startswith(first)), "encoder.") + name

@@ -7,7 +7,6 @@ reconstructed from early public scripts of the authors' group; each is an argume
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.losses.prototype import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
+from wsss.cam import by_max, resize
+from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
-from wsss.networks.vit import read_state_dict
-from wsss.optim import parameter_groups, sgd_poly, update_average
-from wsss.refine.cam import by_max, cam_to_label, multiscale_cam, rescale_photograph, resize
+from wsss.networks.weights import misfit, read_state_dict
+from wsss.optim import sgd_poly, update_average
+from wsss.refine.thresholds import cam_to_label
 
 
 class TwoLayerNet(nn.Module):
@@ -82,6 +82,15 @@ class RCMMAM(WSSSModule):
         power: of the polynomial decay.
     """
 
+    photographic_scales = True
+    start_arguments = ("weights", "init_checkpoint")
+    normalise = staticmethod(by_max)
+
+    @staticmethod
+    def fuse(plain: Tensor, mirrored: Tensor) -> Tensor:
+        """The sum of what is positive."""
+        return plain.relu() + mirrored.relu()
+
     def __init__(
         self,
         num_classes: int,
@@ -118,23 +127,18 @@ class RCMMAM(WSSSModule):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}: expected 0 to 1")
         self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args)
-        self.combined: dict[str, Callable[[Tensor], Tensor]] = {
+        self.prototype_rules: dict[str, Callable[[Tensor], Tensor]] = {
             "mean": mean_prototypes,
             "loo": leave_one_out_prototypes,
         }
         if prototypes == "memory":
-            self.memory = PrototypeMemory(num_classes, features)
-            self.combined["memory"] = self.memory
-        if prototypes not in self.combined:
+            self.memory = self.prototype_rules["memory"] = PrototypeMemory(num_classes, features)
+        if prototypes not in self.prototype_rules:
             raise InputError(f"prototypes is {prototypes!r}: expected one of mean, loo, memory")
-        self.prototypes = prototypes
         self.support = deepcopy(self.main).requires_grad_(False).eval()
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
-        self.main_scales, self.support_scales = tuple(main_scales), tuple(support_scales)
-        self.region_threshold, self.ema_momentum, self.mam_fraction = region_threshold, ema_momentum, mam_fraction
         self.starts = {"cls": 0, "rcm": rcm_start, "mam": mam_start}
-        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
 
     def start_from(self, path: str) -> None:
         """Both networks' weights from a checkpoint of this method.
@@ -145,11 +149,10 @@ class RCMMAM(WSSSModule):
         state = read_state_dict(path)
         for name in ("main", "support"):
             own = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
-            try:
-                getattr(self, name).load_state_dict(own)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:300]
-                raise InputError(f"init_checkpoint {path} does not fit this network: {reason}") from error
+            network: nn.Module = getattr(self, name)
+            if said := misfit(network.state_dict(), own):
+                raise InputError(f"init_checkpoint {path} does not fit this network ({name}.*): it {said}")
+            network.load_state_dict(own)
 
     def train(self, mode: bool = True) -> "RCMMAM":
         """The support network stays in evaluation mode."""
@@ -167,17 +170,17 @@ class RCMMAM(WSSSModule):
             terms["cls"] = self.losses["cls"](cam.mean(dim=(-2, -1)), label)
         if "rcm" in weights or "mam" in weights:
             with torch.no_grad():
-                outputs = {scale: self.support(rescale_view(image, scale)) for scale in self.support_scales}
+                outputs = {scale: self.support(rescale_view(image, scale)) for scale in self.hparams.support_scales}
                 support = {scale: self.visible(raw, label, size) for scale, (_, raw) in outputs.items()}
                 fused = torch.stack(list(support.values()))  # (S, B, C, H, W)
         if "rcm" in weights:
             region = self.region(fused.sum(0), label)
             own = image_prototypes(outputs[1.0][0], self.region(support[1.0], label), self.num_classes)
-            terms["rcm"] = self.losses["rcm"](features, region, self.combined[self.prototypes](own))
+            terms["rcm"] = self.losses["rcm"](features, region, self.prototype_rules[self.hparams.prototypes](own))
         if "mam" in weights:
-            part = max(1, int(len(image) * self.mam_fraction))
+            part = max(1, int(len(image) * self.hparams.mam_fraction))
             some, theirs = image[:part], label[:part]
-            raw = [cam[:part] if s == 1.0 else self.main(rescale_view(some, s))[1] for s in self.main_scales]
+            raw = [cam[:part] if s == 1.0 else self.main(rescale_view(some, s))[1] for s in self.hparams.main_scales]
             main = torch.stack([self.visible(maps, theirs, size) for maps in raw])
             terms["mam"] = self.losses["mam"](main, fused[:, :part])
         return self.combine(terms, weights)
@@ -189,7 +192,7 @@ class RCMMAM(WSSSModule):
 
     def region(self, cam: Tensor, label: Tensor) -> Tensor:
         """(B, H, W) ids of the strongest class where its normalised CAM exceeds the threshold, else background."""
-        return cam_to_label(by_max(cam), label, self.region_threshold if self.has_background else -1.0)
+        return cam_to_label(by_max(cam), label, self.hparams.region_threshold if self.has_background else -1.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -201,23 +204,16 @@ class RCMMAM(WSSSModule):
             [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
             for network in (self.support, self.main)
         )
-        update_average(support, main, self.ema_momentum)
+        update_average(support, main, self.hparams.ema_momentum)
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), raw; seg None. Of the main network."""
         _, cam = self.main(image)
         return {"logits": cam.mean(dim=(-2, -1)), "cam": cam, "seg": None}
 
-    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
-        """Sum over scales and mirror images of what is positive, each class divided by its maximum."""
-        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
-        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, positive_sum, by_max)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self, self.lr, self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
+        return sgd_poly(self, [], self.total_steps, **settings)
 
 
 def rescale_view(image: Tensor, scale: float) -> Tensor:
@@ -226,7 +222,3 @@ def rescale_view(image: Tensor, scale: float) -> Tensor:
         return image
     size = [int(scale * side) for side in image.shape[-2:]]
     return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=True)
-
-
-def positive_sum(plain: Tensor, mirrored: Tensor) -> Tensor:
-    return plain.relu() + mirrored.relu()

@@ -1,7 +1,6 @@
 """SEAM (Wang et al., CVPR 2020, arXiv 2004.04581) and PPC on top of it (Du et al., CVPR 2022, arXiv 2110.07110)."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from wsss import InputError
-from wsss.losses.cam import inference_norm, view_cam
+from wsss.cam import inference_norm
+from wsss.losses.seam import view_cam
 from wsss.methods.base import WSSSModule
 from wsss.networks.resnet38 import ResNet38, SEAMHead
-from wsss.optim import parameter_groups, sgd_poly
-from wsss.refine.cam import multiscale_cam, rescale_photograph
+from wsss.optim import sgd_poly
 
 
 class SEAM(WSSSModule):
@@ -45,6 +44,10 @@ class SEAM(WSSSModule):
         power: of the polynomial decay.
     """
 
+    photographic_scales = True
+    fuse = staticmethod(torch.add)
+    normalise = staticmethod(inference_norm)  # what is lowest ends a little below 0
+
     def __init__(
         self,
         num_classes: int,
@@ -73,8 +76,6 @@ class SEAM(WSSSModule):
             raise InputError(f"backbone is {backbone!r}: the pixel correlation module needs resnet38")
         self.backbone = ResNet38.build(weights, backbone_args)
         self.head = SEAMHead(self.backbone.channels, num_classes, projection, dropout)
-        self.view_scale, self.view_size = view_scale, view_size
-        self.lr, self.weight_decay, self.momentum, self.power = lr, weight_decay, momentum, power
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
@@ -100,7 +101,8 @@ class SEAM(WSSSModule):
         return self.combine(terms, self.loss_weights)
 
     def second_view(self, image: Tensor) -> Tensor:
-        size = [self.view_size] * 2 if self.view_size else [int(side * self.view_scale) for side in image.shape[-2:]]
+        side, scale = self.hparams.view_size, self.hparams.view_scale
+        size = [side] * 2 if side else [int(length * scale) for length in image.shape[-2:]]
         return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=True)
 
     @staticmethod
@@ -114,16 +116,9 @@ class SEAM(WSSSModule):
         logits = self.classify(up_sample(output.cam, image))
         return {"logits": logits, "cam": up_sample(output.revised_cam[:, 1:], image), "seg": None}
 
-    def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:
-        """Sum over scales and mirror images, each class brought to its range; what is lowest ends a little below 0."""
-        rescale = partial(rescale_photograph, mean=self.mean, std=self.std)
-        return multiscale_cam(self.raw_cam, image, self.cam_scales, first, rescale, torch.add, inference_norm)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self, self.lr, self.weight_decay, heads=[self.head])
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = sgd_poly(groups, self.momentum, steps, self.power)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
+        return sgd_poly(self, [self.head], self.total_steps, **settings)
 
 
 def up_sample(maps: Tensor, image: Tensor) -> Tensor:

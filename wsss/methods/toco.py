@@ -1,5 +1,6 @@
 """ToCo: token contrast (Ru et al., CVPR 2023, arXiv 2303.01267)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -8,23 +9,17 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW
 
 from wsss import InputError
-from wsss.methods.base import WSSSModule
+from wsss.cam import box_mask, resize
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.decoders import LargeFOV, Projector
 from wsss.networks.vit import ViTEncoder
-from wsss.optim import update_average, warmup_poly
-from wsss.refine.cam import (
-    box_mask,
-    cam_to_label,
-    cut_crops,
-    draw_crops,
-    region_map,
-    resize,
-)
+from wsss.networks.weights import VIT_LAYOUT, compare_layout, vit_arguments
+from wsss.optim import stepwise, update_average, warmup_poly
 from wsss.refine.par import PAR, refine_cam
+from wsss.refine.thresholds import cam_to_label, region_map
 
 
 class ToCo(WSSSModule):
@@ -136,12 +131,6 @@ class ToCo(WSSSModule):
         ):
             if value <= 0:
                 raise InputError(f"{name} is {value}: expected more than 0")
-        self.low_threshold, self.high_threshold = low_threshold, high_threshold
-        self.local_crops, self.local_crop_size = local_crops, local_crop_size
-        self.negative_ratio, self.ema_momentum = negative_ratio, ema_momentum
-        self.par_scale, self.released_behaviour = par_scale, released_behaviour
-        self.lr, self.head_lr_factor, self.weight_decay = lr, head_lr_factor, weight_decay
-        self.warmup_steps, self.warmup_ratio, self.power = warmup_steps, warmup_ratio, power
         for phase in phases:
             if (
                 not isinstance(phase, Mapping)
@@ -231,8 +220,8 @@ class ToCo(WSSSModule):
     def token_label(self, aux_cam: Tensor, label: Tensor, box: Tensor) -> Tensor:
         """(B, h, w) ids of the patches, 255 where the auxiliary CAM is undecided or outside the box."""
         size = [side // self.encoder.patch_size for side in aux_cam.shape[-2:]]
-        stride = 1 if self.released_behaviour else self.encoder.patch_size
-        thresholds = (self.low_threshold, self.high_threshold)
+        stride = 1 if self.hparams.released_behaviour else self.encoder.patch_size
+        thresholds = (self.hparams.low_threshold, self.hparams.high_threshold)
         valid = box_mask(box, size, stride)
         return self.decided(cam_to_label(resize(aux_cam, size), label, self.background_threshold, thresholds, valid))
 
@@ -242,20 +231,20 @@ class ToCo(WSSSModule):
 
     def cut_local_crops(self, source: Tensor, aux_cam: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Crops (K, B, 3, s, s), and (B, 2 + K) which of the two global views and the crops are positives."""
-        region = region_map(aux_cam, label, self.low_threshold, self.high_threshold)
-        if min(region.shape[-2:]) <= self.local_crop_size + 1:
+        region = region_map(aux_cam, label, self.hparams.low_threshold, self.hparams.high_threshold)
+        if min(region.shape[-2:]) <= self.hparams.local_crop_size + 1:
             raise InputError(
-                f"method.local_crop_size is {self.local_crop_size}, but the training images are "
+                f"method.local_crop_size is {self.hparams.local_crop_size}, but the training images are "
                 f"{region.shape[-1]}x{region.shape[-2]}: make the crops smaller or transform.crop_size larger"
             )
-        top_left = draw_crops(region, self.local_crop_size, self.local_crops)
-        inside = cut_crops(region.float(), top_left, self.local_crop_size).mean(dim=(-2, -1)).T  # (B, K)
-        positive = F.pad(inside > self.negative_ratio, (2, 0), value=True)
-        return cut_crops(source, top_left, self.local_crop_size), positive
+        top_left = draw_crops(region, self.hparams.local_crop_size, self.hparams.local_crops)
+        inside = cut_crops(region.float(), top_left, self.hparams.local_crop_size).mean(dim=(-2, -1)).T  # (B, K)
+        positive = F.pad(inside > self.hparams.negative_ratio, (2, 0), value=True)
+        return cut_crops(source, top_left, self.hparams.local_crop_size), positive
 
     def update_teacher(self) -> None:
         """Exponential moving average of the projector; the gains and biases follow too."""
-        update_average(self.teacher_projector.parameters(), self.projector.parameters(), self.ema_momentum)
+        update_average(self.teacher_projector.parameters(), self.projector.parameters(), self.hparams.ema_momentum)
 
     def pseudo_label(
         self,
@@ -269,29 +258,146 @@ class ToCo(WSSSModule):
         if box is None:
             box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(len(image), -1)
         colours = self.colours(image)
-        colours = colours.to(torch.uint8).float() if self.released_behaviour else colours.clamp(0, 255)
+        colours = colours.to(torch.uint8).float() if self.hparams.released_behaviour else colours.clamp(0, 255)
         pseudo = refine_cam(
             self.par,
             colours / 255,
             cam,
             label,
-            (self.low_threshold, self.high_threshold),
+            (self.hparams.low_threshold, self.hparams.high_threshold),
             box_mask(box, image.shape[-2:]),
             max_labels or self.num_classes,
-            self.par_scale,
+            self.hparams.par_scale,
         )
         return self.decided(pseudo)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = [self.classifier, self.aux_classifier, self.projector, self.decoder]
         groups = [
-            {"params": [p for p in self.encoder.parameters() if p.requires_grad], "lr": self.lr},
+            {"params": [p for p in self.encoder.parameters() if p.requires_grad], "lr": self.hparams.lr},
             {
                 "params": [p for head in heads for p in head.parameters() if p.requires_grad],
-                "lr": self.lr * self.head_lr_factor,
+                "lr": self.hparams.lr * self.hparams.head_lr_factor,
             },
         ]
-        optimizer: Optimizer = AdamW(groups, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, warmup_poly(total, self.warmup_steps, self.warmup_ratio, self.power))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = AdamW(groups, weight_decay=self.hparams.weight_decay)
+        warmup = (self.hparams.warmup_steps, self.hparams.warmup_ratio)
+        return stepwise(optimizer, warmup_poly(self.total_steps, *warmup, self.hparams.power))
+
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """A checkpoint `model_iter_<n>.pth`; of what it should hold only the ImageNet head may be absent.
+
+        It tells `num_classes`, `backbone_args` but for the number of heads, `decoder_channels` and `projector`.
+        """
+        if not any(name.removeprefix("module.").startswith(("encoder.", "proj_head")) for name in state):
+            return None
+        ours = {_our_name(name): tensor for name, tensor in state.items()}
+        projector = {name: axes for name, axes in OFFICIAL_LAYOUT.items() if name.startswith("projector.")}
+        layout = OFFICIAL_LAYOUT | {f"teacher_{name}": axes for name, axes in projector.items()}
+        head = [name for name in layout if name.startswith(OFFICIAL_HEAD)]
+        said, sizes = compare_layout(ours, layout, head, _official_name)
+        faults = [said] if said else []
+        side = math.isqrt(sizes.get("positions", 2) - 1)  # a missing embedding is among the faults already
+        if side == 0 or sizes.get("positions", 2) != 1 + side**2:
+            faults.append("has a grid of positions that is no square in encoder.pos_embed")
+        if len(ours) < len(state):
+            faults.append("has some weights twice under different names")
+        if faults:
+            raise InputError(
+                f"checkpoint {path} is no checkpoint of the original ToCo code: it {' and '.join(faults)}; give a "
+                "model_iter_<n>.pth of a ViT-B or DeiT-B run, or a checkpoint of wsss-train"
+            )
+        values = {
+            "num_classes": sizes["classes"],
+            "backbone_args": vit_arguments(sizes, side),
+            "decoder_channels": sizes["channels"],
+            "projector": {key: sizes[key] for key in ("hidden", "bottleneck", "out")},
+        }
+        kept = {name: tensor.float() for name, tensor in ours.items() if name not in head}
+        return OfficialCheckpoint("toco", kept, values)
+
+
+def draw_crops(region: Tensor, crop_size: int, count: int) -> Tensor:
+    """Random top-left corners (B, count, 2) of crops centred on uncertain or background pixels.
+
+    Only crops that lie inside the image are drawn, no corner twice. An image with fewer than `count` such
+    centres draws from all positions.
+
+    Args:
+        region: (B, H, W) of `region_map`; H and W exceed `crop_size`.
+    """
+    margin = crop_size // 2
+    centres = region[:, margin : region.shape[1] - margin, margin : region.shape[2] - margin] <= 1
+    width = centres.shape[2]
+    centres = centres.flatten(1)
+    centres = centres | (centres.sum(1, keepdim=True) < count)
+    # the largest of independent uniform numbers are a random subset: no loop over images, no host sync
+    order = torch.rand(centres.shape, device=region.device).masked_fill(~centres, -1.0)
+    chosen = order.topk(count, dim=1).indices
+    return torch.stack([chosen // width, chosen % width], dim=-1)
+
+
+def cut_crops(maps: Tensor, top_left: Tensor, crop_size: int) -> Tensor:
+    """Crops (K, B, ..., crop_size, crop_size) of maps (B, ..., H, W) at top-left corners (B, K, 2)."""
+    windows = maps.unfold(-2, crop_size, 1).unfold(-2, crop_size, 1)  # (B, ..., rows, cols, s, s), a view
+    windows = windows.movedim((-4, -3), (1, 2))
+    batch = torch.arange(len(maps), device=maps.device)[None]
+    rows, cols = top_left.unbind(-1)
+    return windows[batch, rows.T, cols.T]
+
+
+OFFICIAL_MODULES = {"encoder.vit.": "encoder.", "projector.": "proj_head.", "teacher_projector.": "proj_head_t."}
+"""First part of our names -> the original's; classifier, aux_classifier and decoder are called the same."""
+
+OFFICIAL_PARAMETERS = {
+    ".parametrizations.weight.original0": ".weight_g",  # gains of the weight normalisation
+    ".parametrizations.weight.original1": ".weight_v",  # directions
+}
+"""Last part of our names -> that of the original's older files; newer ones have ours."""
+
+OFFICIAL_HEAD = "encoder.head."
+"""The ImageNet classifier: the original keeps it in every checkpoint and never uses it."""
+
+OFFICIAL_LAYOUT = {
+    "encoder.vit.cls_token": "1 1 width",
+    "encoder.vit.pos_embed": "1 positions width",
+    **{f"encoder.vit.{name}": axes for name, axes in VIT_LAYOUT.items()},
+    "encoder.vit.norm.weight": "width",
+    "encoder.vit.norm.bias": "width",
+    "encoder.head.weight": "1000 width",
+    "encoder.head.bias": "1000",
+    "classifier.weight": "classes width 1 1",
+    "aux_classifier.weight": "classes width 1 1",
+    "decoder.conv6.weight": "channels width 3 3",
+    "decoder.conv7.weight": "channels channels 3 3",
+    "decoder.conv8.weight": "1+classes channels 1 1",
+    "projector.mlp.0.weight": "hidden width",
+    "projector.mlp.0.bias": "hidden",
+    "projector.mlp.2.weight": "hidden hidden",
+    "projector.mlp.2.bias": "hidden",
+    "projector.mlp.4.weight": "bottleneck hidden",
+    "projector.mlp.4.bias": "bottleneck",
+    "projector.last_layer.parametrizations.weight.original0": "out 1",
+    "projector.last_layer.parametrizations.weight.original1": "out bottleneck",
+}
+"""Our names and the shapes of their tensors; the teacher's projector is like the student's."""
+
+
+def _official_name(name: str) -> str:
+    """Our name -> the original's."""
+    return _rename(name, OFFICIAL_MODULES, OFFICIAL_PARAMETERS)
+
+
+def _our_name(name: str) -> str:
+    """A name of the original, with `module.` or without -> ours; the head keeps its own."""
+    modules = {OFFICIAL_HEAD: OFFICIAL_HEAD} | {theirs: ours for ours, theirs in OFFICIAL_MODULES.items()}
+    parameters = {theirs: ours for ours, theirs in OFFICIAL_PARAMETERS.items()}
+    return _rename(name.replace("module.", ""), modules, parameters)
+
+
+def _rename(name: str, first: Mapping[str, str], last: Mapping[str, str]) -> str:
+    """`name` with its first and its last part replaced where the tables know them."""
+    head = next((part for part in first if name.startswith(part)), "")
+    tail = next((part for part in last if name.endswith(part)), "")
+    return first.get(head, "") + name[len(head) : len(name) - len(tail)] + last.get(tail, "")

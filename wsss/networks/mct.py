@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.networks.vit import create_vit, is_file, read_state_dict
+from wsss.networks.vit import create_vit
+from wsss.networks.weights import is_file, read_state_dict
 
 
 class JointPosition(nn.Module):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.networks.mxnet import read_params
-from wsss.networks.vit import TINY_PARAMETERS, read_state_dict
+from wsss.networks.vit import TINY_PARAMETERS
+from wsss.networks.weights import describe_misfit, read_state_dict
 
 IMAGENET_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
 IMAGENET_MD5 = "ff21f45d6bf03284100dcbec571edfad"
@@ -234,15 +235,10 @@ def load_weights(network: ResNet38, path: str) -> str:
             name for name, t in found.items() if not t.is_floating_point() or t.shape != body[name].shape
         ],
     }
-    said = [
-        f"{what} {', '.join(map(theirs, names[:3]))} ({len(names)} of {len(body)})"
-        for what, names in faults.items()
-        if names
-    ]
-    if said:
+    if said := describe_misfit(faults, theirs):
         raise InputError(
             f"weights file {path} (md5 {md5}) does not fit this ResNet38 of width {network.conv1a.out_channels}: it "
-            f"{' and '.join(said)}; for width 64 give {IMAGENET_FILE} (model A1, md5 {IMAGENET_MD5}) or res38_cls.pth"
+            f"{said}; for width 64 give {IMAGENET_FILE} (model A1, md5 {IMAGENET_MD5}) or res38_cls.pth"
         )
     network.load_state_dict(found, strict=False)
     logging.getLogger(__name__).info("%d of %d tensors read from %s (md5 %s)", len(found), len(body), path, md5)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -12,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from wsss import InputError
+from wsss.networks.weights import is_file, read_state_dict
 
 TINY_PARAMETERS = 6_000_000
 """A little more than a ViT-Ti: what learns from random weights on a data set of this field's size."""
@@ -150,36 +150,3 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
             f"{source} could not be downloaded ({type(error).__name__}): pass method.weights=FILE with a local .pth "
             "or .safetensors file, or method.weights=null for random weights"
         ) from error
-
-
-def is_file(weights: str) -> bool:
-    """Whether `weights` is the name of a file rather than a timm tag."""
-    return Path(weights).suffix in {".pth", ".pt", ".bin", ".safetensors"}
-
-
-def read_state_dict(path: str) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file or of a `.pth` file that holds nothing but tensors and containers.
-
-    A state dict under `model` or `state_dict` (DeiT, Lightning) is taken out.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds anything else.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"weights file {path} does not exist")
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file provokes in the readers
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"weights file {path} cannot be read as a file of tensors: {reason}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(inner := content.get(key), dict):
-            content = inner
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"weights file {path} holds no state dict: expected a mapping from names to tensors")
-    return content

@@ -1,0 +1,148 @@
+"""What data sets share: subsets, foreign data sets, fingerprints, and pixel supervision by pseudo masks alone."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_voc
+from torch.utils.data import Dataset
+
+from wsss import InputError
+from wsss.data.base import Images, ImageSubset, as_images
+from wsss.data.datamodule import DataModule
+from wsss.data.folder import Folder
+from wsss.data.pseudo import PseudoMasks
+from wsss.data.shapes import Shapes
+from wsss.data.transforms import FlipCrop, LongSideCrop, RandAugmentCrop, ToCoViews, Views
+from wsss.data.voc import VOC
+
+
+class Foreign(Dataset[dict[str, Any]]):
+    """The least that is asked for, and everything that must not be heard."""
+
+    classes = ("cat", "dog")
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = np.full((20, 24, 3), 50 * index, np.uint8)
+        mask = np.ones((20, 24), np.uint8)
+        label = np.eye(2, dtype=np.float32)[index % 2]
+        return {"image": image, "label": label, "id": f"x{index}", "mask": mask, "pseudo_mask": mask, "scores": mask}
+
+
+def test_a_plain_data_set_is_enough() -> None:
+    module = DataModule(Foreign(), Foreign(), FlipCrop(16), num_workers=0)
+    assert next(iter(module.train_dataloader())).keys() == {"image", "image_box", "label", "id"}
+    assert next(iter(module.val_dataloader()))["mask"].shape == (1, 20, 24)
+    assert (module.has_masks, module.has_background, module.num_classes) == (True, True, 2)
+    assert as_images(Foreign()).ids == ["0", "1", "2"]
+
+
+def test_subsets_keep_what_their_source_says(tmp_path: Path) -> None:
+    source = VOC(str(make_voc(tmp_path / "voc")), "val")
+    part = ImageSubset(source, [1])
+    assert (len(part), part.ids, part.classes, part.has_masks) == (1, source.ids[1:], source.classes, True)
+    assert part[0]["id"] == source.ids[1]
+    assert part.fingerprint != source.fingerprint
+    assert not ImageSubset(VOC(str(tmp_path / "voc"), "train"), [0]).has_masks
+
+
+def test_fingerprints_tell_labels(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc")
+    before = VOC(str(root)).fingerprint
+    assert VOC(str(root)).fingerprint == before
+    np.save(root / "cls_labels_onehot.npy", {name: np.ones(2) for name in VOC(str(root)).ids}, allow_pickle=True)
+    assert VOC(str(root)).fingerprint != before
+    assert Shapes().fingerprint != Shapes(num_classes=5).fingerprint
+
+
+def test_fingerprints_of_a_folder_tell_files(photographs: Path) -> None:
+    before = Folder(str(photographs), masks="masks").fingerprint
+    labels = photographs / "labels.csv"
+    text = labels.read_text(encoding="utf-8")
+    labels.write_text(text.replace("cat;dog", "dog"), encoding="utf-8")
+    assert Folder(str(photographs), masks="masks").fingerprint != before
+    labels.write_text(text, encoding="utf-8")
+    assert Folder(str(photographs), masks="masks").fingerprint == before
+    os.utime(next(photographs.rglob("*.JPG")), ns=(1, 1))
+    assert Folder(str(photographs), masks="masks").fingerprint != before
+
+
+# pixels
+
+
+@pytest.fixture
+def pseudo(tmp_path: Path) -> PseudoMasks:
+    """Images whose upper left quarter is bright, and pseudo masks that say so."""
+    root = make_voc(tmp_path / "voc")
+    source = VOC(str(root))
+    for index in range(len(source)):
+        image = np.full((40, 48, 3), 20, np.uint8)
+        image[:20, :24] = 220
+        Image.fromarray(image).save(source.images[index], quality=100)
+        mask = np.zeros((40, 48), np.uint8)
+        mask[:20, :24] = 1
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{source.ids[index]}.png")
+    return PseudoMasks(source, str(tmp_path / "masks"))
+
+
+def test_items_hold_the_pseudo_mask_and_no_true_one(pseudo: PseudoMasks) -> None:
+    assert pseudo[0].keys() == {"image", "label", "id", "pseudo_mask"}
+    assert isinstance(pseudo, Images)
+    assert (pseudo.has_masks, pseudo.classes, len(pseudo)) == (False, ("cat", "dog"), 2)
+    with_truth = PseudoMasks(VOC(str(pseudo.folder.parent / "voc"), train="train_aug"), str(pseudo.folder))
+    assert "mask" not in with_truth[0]
+
+
+@pytest.mark.parametrize("transform", [FlipCrop(64), LongSideCrop(64, (40, 90), (0, 0, 0, 0))], ids=["flip", "long"])
+def test_pixels_follow_the_image(pseudo: PseudoMasks, transform: Any) -> None:
+    module = DataModule(pseudo, transform=transform, batch_size=1, num_workers=0)
+    loader = iter(module.train_dataloader())
+    for _ in range(20):
+        batch = next(loader)
+        assert batch.keys() == {"image", "image_box", "label", "id", "pseudo_mask"}
+        mask, image = batch["pseudo_mask"], batch["image"].mean(1)
+        assert (mask.dtype, mask.shape) == (torch.long, (1, 64, 64))
+        top, bottom, left, right = batch["image_box"][0].tolist()
+        inside = torch.zeros(1, 64, 64, dtype=torch.bool)
+        inside[:, top:bottom, left:right] = True
+        assert (mask[~inside] == 255).all()
+        assert set(mask[inside].unique().tolist()) <= {0, 1}
+        assert ((image > 0) == (mask == 1))[inside].double().mean() > 0.9  # all but the border between them
+
+
+def test_scores_follow_too() -> None:
+    ramp = np.linspace(0, 1, 48, dtype=np.float32)[None, :, None].repeat(40, 0)
+    views: Views = {"image": (255 * ramp).repeat(3, 2).astype(np.uint8), "scores": ramp}
+    found = FlipCrop(30, (1.0, 1.0))(views, np.random.default_rng(1))
+    assert found["scores"].shape == (30, 30, 1)
+    assert np.abs(found["scores"][..., 0] - found["image"][..., 0] / 255).max() < 0.01
+
+
+@pytest.mark.parametrize("transform", [ToCoViews(32), RandAugmentCrop(32)], ids=["toco", "randaugment"])
+def test_transforms_that_pixels_cannot_follow_refuse_them(pseudo: PseudoMasks, transform: Any) -> None:
+    module = DataModule(pseudo, transform=transform, num_workers=0)
+    with pytest.raises(InputError, match="pseudo_mask could not follow"):
+        next(iter(module.train_dataloader()))
+
+
+def test_bad_pseudo_masks(pseudo: PseudoMasks, tmp_path: Path) -> None:
+    path = pseudo.folder / f"{pseudo.ids[0]}.png"
+    before = pseudo.fingerprint
+    Image.new("L", (5, 5)).save(path)
+    assert pseudo.fingerprint != before
+    with pytest.raises(InputError, match=f"{pseudo.ids[0]}.png has height and width"):
+        pseudo[0]
+    Image.new("L", (48, 40), 7).save(path)
+    with pytest.raises(InputError, match=r"holds the ids \[7\]"):
+        pseudo[0]
+    path.unlink()
+    with pytest.raises(InputError, match=f"1 of 2 images have no pseudo mask in .*{pseudo.ids[0]}"):
+        PseudoMasks(pseudo.source, str(pseudo.folder))

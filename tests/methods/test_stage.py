@@ -1,0 +1,95 @@
+"""A stage that is no CAM method: trained on pixels in a plain Trainer, written, and restored."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.data.datamodule import DataModule
+from wsss.data.pseudo import PseudoMasks
+from wsss.data.shapes import Shapes
+from wsss.data.transforms import FlipCrop
+from wsss.methods.stage import Stage
+
+
+class Pixels(Stage):
+    """The smallest network that learns from pseudo masks."""
+
+    def __init__(self, num_classes: int, classes: Any = None, losses: Any = None, lr: float = 0.1) -> None:
+        super().__init__(num_classes, classes, losses or {"seg": {"weight": 2.0}}, ("seg",))
+        self.save_hyperparameters()
+        self.network = nn.Conv2d(3, 1 + num_classes, 1)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"seg": self.network(image)}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        seg = self(batch["image"])["seg"]
+        return self.combine({"seg": self.losses["seg"](seg, batch["pseudo_mask"])}, self.loss_weights)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataModule:
+    shapes = Shapes(train_size=4, size=32, num_classes=3)
+    for index, image_id in enumerate(shapes.ids):
+        Image.fromarray(shapes.mask(index)).save(tmp_path / f"{image_id}.png")
+    return DataModule(PseudoMasks(shapes, str(tmp_path)), transform=FlipCrop(32, (1, 1)), num_workers=0)
+
+
+def test_trained_written_and_restored(data: DataModule, tmp_path: Path) -> None:
+    stage = Pixels(data.num_classes, data.classes)
+    trainer = pl.Trainer(max_steps=40, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    before = stage.network.bias.clone()
+    trainer.fit(stage, data)
+    assert not torch.equal(stage.network.bias, before)
+    assert stage.total_steps == 40
+    assert trainer.callback_metrics["train/loss"] == pytest.approx(2 * trainer.callback_metrics["train/loss_seg"])
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert checkpoint["wsss"]["classes"] == list(data.classes)
+    again = Pixels(**checkpoint["hyper_parameters"])
+    again.load_state_dict(checkpoint["state_dict"])
+    image = torch.rand(2, 3, 8, 8)
+    seg = stage(image)["seg"]
+    assert torch.equal(seg, again(image)["seg"])
+    # inference under a protocol is every stage's
+    assert torch.equal(stage.segment(image, (8, 8), seg), seg)
+    stage.without_background()
+    assert (stage.segment(image, (8, 8), seg).argmax(1) > 0).all()
+
+
+def test_without_figures() -> None:
+    stage = Pixels(3)
+    assert stage.figures(has_masks=True) == []
+    assert stage.describe("val") == {}
+    assert stage.illustrate({"image": torch.zeros(1, 3, 8, 8)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({"cls": {"weight": 1}}, "losses.cls: Pixels does not compute it, only seg"),
+        ({"seg": 3}, "losses.seg is 3"),
+        ({"seg": None}, "every term is null"),
+        ({"seg": {"weight": "x"}}, "losses.seg"),
+        ({"seg": {"heat": 1}}, "no argument heat"),
+    ],
+)
+def test_bad_losses(losses: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Pixels(3, losses=losses)
+
+
+def test_ids_are_those_of_the_masks(data: DataModule) -> None:
+    batch = next(iter(data.train_dataloader()))
+    assert batch["pseudo_mask"].max() <= 3
+    assert np.unique(batch["pseudo_mask"]).size > 1

@@ -1,0 +1,164 @@
+"""Arithmetic of images and class activation maps: sizes, normalisation, several scales and mirror images."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def rescale(image: Tensor, scale: float) -> Tensor:
+    """`resize` by a factor, sides rounded down."""
+    return resize(image, [int(scale * side) for side in image.shape[-2:]])
+
+
+def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) normalised -> colours 0..255, float."""
+    # one channel at a time: plain numbers spare the copy of a small tensor to the device
+    channels = zip(image.unbind(1), mean, std, strict=True)
+    return torch.stack([channel * (255 * s) + 255 * m for channel, m, s in channels], dim=1)
+
+
+def rescale_photograph(image: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter, sides rounded.
+
+    On the host, because torch's antialiased resize of bytes differs from PIL's by a level in 0.1 to 0.7 % of the
+    values. Sides are rounded as Python does, 281.25 to 281 and 262.5 to 262.
+    """
+    from PIL import Image  # here, because the losses import this file and need torch alone
+
+    height, width = (round(scale * side) for side in image.shape[-2:])
+    colours = denormalise(image, mean, std).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colours]
+    channels = torch.from_numpy(np.stack(resized)).to(image.device).float().div(255).unbind(-1)
+    return torch.stack([(channel - m) / s for channel, m, s in zip(channels, mean, std, strict=True)], dim=1)
+
+
+def larger(plain: Tensor, mirrored: Tensor) -> Tensor:
+    """The larger value of two maps where it is positive, else 0."""
+    return torch.maximum(plain, mirrored).relu()
+
+
+def min_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map brought to [0, 1) by its own minimum and maximum."""
+    maps = maps - maps.amin(dim=(-2, -1), keepdim=True)
+    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + eps)
+
+
+def by_max(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map divided by its maximum; maps are not negative."""
+    return maps / (maps.amax(dim=(-2, -1), keepdim=True) + eps)
+
+
+def max_norm(cam: Tensor, eps: float = 1e-5) -> Tensor:
+    """SEAM's normalisation in training: each map, where positive, brought to [0, 1) by its minimum and maximum."""
+    cam = F.relu(cam)
+    low, high = cam.amin(dim=(-2, -1), keepdim=True), cam.amax(dim=(-2, -1), keepdim=True)
+    return F.relu(cam - low - eps) / (high - low + eps)
+
+
+def inference_norm(cam: Tensor, eps: float = 1e-5) -> Tensor:
+    """SEAM's normalisation of seeds: as `max_norm`, but values at a map's minimum end a little below 0.
+
+    They are set to 0 before the minimum is taken off; the lowest they become is about -min / (max - min). A map
+    whose positive values are all equal has no scale, and its values are large and negative.
+    """
+    cam = F.relu(cam)
+    low, high = cam.amin(dim=(-2, -1), keepdim=True), cam.amax(dim=(-2, -1), keepdim=True)
+    return (torch.where(cam < low + eps, 0, cam) - low - eps) / (high - low + eps)
+
+
+def with_background(label: Tensor) -> Tensor:
+    """(B, C) labels -> (B, 1 + C): the background, channel 0, is in every image."""
+    return F.pad(label, (1, 0), value=1.0)
+
+
+@torch.no_grad()
+def multiscale_cam(
+    raw_cam: Callable[[Tensor], Tensor],
+    image: Tensor,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    first: Tensor | None = None,
+    rescale: Callable[[Tensor, float], Tensor] = rescale,
+    fuse: Callable[[Tensor, Tensor], Tensor] = larger,
+    normalise: Callable[[Tensor], Tensor] = min_max,
+) -> Tensor:
+    """Multi-scale, flipped and normalised CAMs; scale 1 always takes part and comes first.
+
+    At each scale the maps of the image and of its mirror image are resized to the image and fused; the sum over
+    the scales is normalised. The defaults are ToCo's.
+
+    Args:
+        raw_cam: (B, 3, H, W) -> (B, K, h, w), any K: several kinds of maps can be stacked along it.
+        image: (B, 3, H, W).
+        scales: factors of the image size.
+        first: `raw_cam(image)` where it is known already.
+        rescale: how an image is brought to another scale.
+        fuse: how the maps of image and mirror image, mirrored back, become one.
+        normalise: how the sum over the scales is brought to [0, 1].
+
+    Returns:
+        (B, K, H, W).
+    """
+    size = image.shape[-2:]
+    total = torch.zeros((), device=image.device)
+    for scale in (1.0, *(s for s in scales if s != 1.0)):
+        if scale == 1.0 and first is not None:
+            plain, mirrored = first, raw_cam(image.flip(-1))
+        else:
+            scaled = image if scale == 1.0 else rescale(image, scale)
+            plain, mirrored = raw_cam(torch.cat([scaled, scaled.flip(-1)])).chunk(2)
+        total = total + fuse(resize(plain, size), resize(mirrored, size).flip(-1))
+    return normalise(total.float())  # half precision would lose the small constant in the denominator
+
+
+@torch.no_grad()
+def multiscale_seg(
+    seg: Callable[[Tensor], Tensor],
+    image: Tensor,
+    size: Sequence[int],
+    scales: Sequence[float] = (1.0,),
+    flip: str = "none",
+    fusion: str = "max",
+) -> Tensor:
+    """Class scores (B, K, *size) of several scales and mirror images.
+
+    Args:
+        seg: (B, 3, H, W) -> (B, K, h, w) scores.
+        image: (B, 3, H, W).
+        size: height and width of the result; scores are resized to it before they are fused.
+        scales: factors of the image size.
+        flip: how plain and mirrored scores become one, `sum`, `max`, or `none` for the plain ones alone.
+        fusion: how scales become one, `max` or `sum`.
+    """
+    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = image if scale == 1.0 else rescale(image, scale)
+        if flip == "none":
+            scores = resize(seg(scaled), size)
+        else:
+            plain, mirrored = resize(seg(torch.cat([scaled, scaled.flip(-1)])), size).chunk(2)
+            scores = fuse[flip](plain, mirrored.flip(-1))
+        total = scores if total is None else fuse[fusion](total, scores)
+    assert total is not None  # a protocol has at least one scale
+    return total
+
+
+def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
+    """(B, h, w) True where the centre of a cell of `stride` pixels lies in its image's box.
+
+    Args:
+        box: (B, 4) pixel rows [b0, b1) and columns [b2, b3).
+        size: (h, w) of the grid of cells.
+    """
+    rows, cols = ((torch.arange(side, device=box.device) + 0.5) * stride for side in size)
+    in_rows = (rows >= box[:, 0:1]) & (rows < box[:, 1:2])
+    in_cols = (cols >= box[:, 2:3]) & (cols < box[:, 3:4])
+    return in_rows[:, :, None] & in_cols[:, None, :]

@@ -1,0 +1,220 @@
+"""How every command runs: its line is put in order for Hydra, a user's mistake becomes one sentence and exit code 2."""
+
+import errno
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from wsss import InputError, RunError
+from wsss.config import PATH_KEYS, composing, config_dir, given_directories, given_values, quote
+
+OPTIONAL_GROUPS = ("transform", "recipe")
+"""Groups whose option is named after others and need not exist."""
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says when a disk or a quota is full, or may not be written to."""
+
+VALUE_OPTIONS = {
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+}
+
+
+def run_command(
+    name: str,
+    task: Callable[[DictConfig], Any],
+    prepare: Callable[[list[str]], list[str]] = lambda overrides: overrides,
+) -> None:
+    """Run `task` under Hydra with conf/<last word of name>.yaml and this process's command line.
+
+    `prepare` may replace the overrides once they are arranged. Exit codes: 0, 1 a failed run, 2 a user's mistake.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of an error and exits with 1
+    failures: list[int] = []
+    job = _job(name, task, failures)
+    arguments = sys.argv[1:]
+    try:
+        arguments = order_arguments(arguments)
+        if not {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(arguments):
+            arguments = prepare(arguments)
+        sys.argv[1:] = arguments
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        failures.append(_say(name, explain(error, name, arguments), 2))
+    except KeyboardInterrupt:
+        failures.append(_say(name, "interrupted", 130))
+    except BrokenPipeError:  # the reader of our output has closed it, `wsss-train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if failures:
+        sys.exit(max(failures))
+
+
+def _say(name: str, sentence: str, code: int) -> int:
+    print(f"wsss-{name}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> Callable[[DictConfig], Any]:
+    """`task`, whose failures are said and noted rather than raised: the other jobs of a sweep go on."""
+
+    def job(cfg: DictConfig) -> Any:
+        run = HydraConfig.get()
+        out = Path(run.runtime.output_dir)
+        alone = run.mode != RunMode.MULTIRUN  # the table of a sweep names its failed jobs by their directories
+        ours = alone and out != Path.cwd() and not any(out.iterdir())  # made by Hydra a moment ago
+        try:
+            check_choices()
+            return task(cfg)
+        except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the one of the other; both end a sweep
+            if ours and not any(out.rglob("*.ckpt")):
+                _remove_run(out)
+            terminated = type(error).__name__ == "SIGTERMException"
+            goes_on = "; the same command with resume=auto goes on with it" if any(out.rglob("*.ckpt")) else ""
+            said = "terminated" if terminated else "interrupted"
+            sys.exit(_say(name, said + goes_on, 143 if terminated else 130))
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            where = error.filename or out
+            sentence = f"cannot write {where} ({error.strerror}): what was complete is kept; make room, then run again"
+            failures.append(_say(name, sentence, 1))
+            return math.nan
+        except (InputError, RunError, OmegaConfBaseException) as error:
+            if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
+                _remove_run(out)
+            place = f"job {run.job.num} ({run.job.override_dirname}): " if not alone else ""
+            failures.append(_say(name, place + explain(error, name, []), 1 if isinstance(error, RunError) else 2))
+            return math.nan
+
+    job.__name__ = task.__name__
+    job.__module__ = task.__module__
+    return job
+
+
+def _remove_run(out: Path) -> None:
+    """Take back a run directory that holds nothing of use, and what becomes empty above it."""
+    shutil.rmtree(out)
+    for parent in out.parents:
+        if Path.cwd() not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+def order_arguments(arguments: list[str]) -> list[str]:
+    """Options first, as Hydra's parser wants them, and the values of path-like keys quoted."""
+    options, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in VALUE_OPTIONS:
+            options += [argument, *([value] if (value := next(rest, None)) is not None else [])]
+        elif argument.startswith("-"):
+            options.append(argument)
+        elif argument.startswith("="):
+            raise InputError(f"{argument!r} names no key: write KEY{argument}")
+        else:
+            overrides.append(argument)
+    sweep = bool({"-m", "--multirun"} & set(options))
+    return options + [_quote_override(o, sweep) for o in overrides]
+
+
+def _quote_override(override: str, sweep: bool) -> str:
+    key, found, value = override.partition("=")
+    if key in OPTIONAL_GROUPS and value == "null":
+        return f"~{key}"  # Hydra's own way to leave a group out
+    if not found or key.rpartition(".")[2] not in PATH_KEYS:
+        return override
+    if value in ("", "null", "???") or "${" in value or (value[0] in "'\"" and value[0] == value[-1]):
+        return override
+    return f"{key}={','.join(map(quote, value.split(','))) if sweep else quote(value)}"
+
+
+def explain(error: Exception, name: str, arguments: list[str]) -> str:
+    """One sentence about a configuration error, with what would have been possible."""
+    text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: add {error.full_key}=... to the command"
+    if isinstance(error, InputError | RunError):
+        # a loader's worker sends its traceback as the message
+        return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={option} does not exist: known are {', '.join(error.options) or 'none'}"
+    if match := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text):
+        full = re.search(r"full_key: (\S+)", text)  # names the part of a dict that does not exist
+        key = full[1] if full else match[1].partition("@")[0].lstrip("+~")
+        return f"unknown config key {key}: {_siblings(key, name, arguments)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: quote what holds one of (){{}}[]=,'\" like this: 'KEY=\"VALUE\"'"
+    sentence = " ".join(text.split())
+    return f"configuration error: {sentence}"
+
+
+def _siblings(key: str, name: str, arguments: list[str]) -> str:
+    """The known keys beside a mistyped one, the nearest first."""
+    # group options alone, as far as they are not what is wrong
+    groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
+    chosen = [a for a in arguments if (m := re.fullmatch(r"(\w+)=[\w/]+", a)) and m[1] in groups and m[1] != key]
+    with composing(given_directories(arguments)) as search_path:
+        try:
+            node: Any = hydra.compose(name.split()[-1], overrides=[*chosen, *search_path])
+        except (HydraException, OmegaConfBaseException):
+            node = hydra.compose(name.split()[-1])
+    path: list[str] = []
+    for part in key.split(".")[:-1]:
+        if not isinstance(node, DictConfig) or part not in node:
+            key = ".".join([*path, part])
+            break
+        path.append(part)
+        node = node[part]
+    if not isinstance(node, DictConfig):
+        return f"{'.'.join(path)} is a plain value"
+    known = [str(k) for k in node if k != "_target_"]
+    near = get_close_matches(key.rpartition(".")[2], known, n=3)
+    where = f"in {'.'.join(path)} " if path else ""
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known {where}are {', '.join(known)}"
+
+
+def check_choices() -> None:
+    """Refuse a mistyped option of an optional group, and say when a pair of method and data set has no recipe.
+
+    Raises:
+        InputError: an optional group was given an option that does not exist, or a `_target_` was overridden.
+    """
+    choices, given = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
+    for override in given:
+        if override.partition("=")[0].rpartition(".")[2] == "_target_":
+            raise InputError(f"{override}: a class cannot be set on the command line, choose a group option instead")
+    loader = GlobalHydra.instance().config_loader()
+    for group in OPTIONAL_GROUPS:
+        choice = choices.get(group)
+        known = loader.get_group_options(group)
+        if choice is None or choice in known:
+            continue
+        if given_values(given, group):
+            raise InputError(f"{group}={choice} does not exist: known are {', '.join(known)}")
+        if group == "recipe":
+            print(
+                f"no recipe for method={choices['method']} dataset={choices['dataset']}: the method's defaults are used"
+            )

@@ -1,0 +1,1 @@
+"""The commands, one task each; none imports another."""

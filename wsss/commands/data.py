@@ -1,0 +1,203 @@
+"""`wsss-data check`, `voc` and `coco`: look through a data set before training, and bring public ones into shape."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.commandline import run_command
+from wsss.config import check_arguments, class_named, plain_values
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+USAGE = """wsss-data check dataset=NAME [dataset.KEY=VALUE ...]
+    counts, sizes, and whatever does not fit, before any training
+wsss-data voc root=DIR
+    VOC 2012 with the masks of SBD: download, train_aug, masks, image-level labels
+wsss-data coco root=DIR
+    COCO 2014: masks and image-level labels from the instances files
+Each says with --help what can be set."""
+
+
+def check(cfg: DictConfig) -> int:
+    """Open every image and mask, print what there is, and refuse what training would; returns the images seen."""
+    from wsss.assemble import inspect_all
+    from wsss.data.base import Images, as_images, both_splits
+
+    target, values = class_named(cfg.dataset._target_), plain_values(cfg.dataset, "dataset")
+    check_arguments(target, values, "dataset", given=("split",))
+    # a data set from elsewhere may be any torch Dataset
+    inspection = target.inspection(**values) if issubclass(target, Images) else both_splits(target, values)
+    for note in inspection.notes:
+        print(note)
+    problems = list(inspection.problems)
+    seen: dict[str, list[dict[str, Any]]] = {}
+    classes: tuple[str, ...] = ()
+    ids: list[str] = []
+    for split, make in inspection.sets.items():
+        try:
+            images = as_images(make())
+        except InputError as error:
+            problems += [str(error)] if str(error) not in problems else []
+            continue
+        classes = images.classes
+        ids += images.ids
+        items, bad = inspect_all(images, split, cfg.num_workers)
+        seen[split] = list(items.values())
+        problems += [*bad, *misnumbered(seen[split], classes)]
+    if seen:
+        print_counts(seen, classes, cfg.dataset.get("root", "drawn"))
+        if "val" in seen and not seen["val"]:
+            unseen = ", and masks were not looked at" if cfg.dataset.get("masks") else ""
+            print(f"nothing to evaluate on (dataset.val names what to use): training will leave it out{unseen}")
+        if twice := len(ids) - len(set(ids)):
+            print(f"{twice} images are both trained and evaluated on")
+    for problem in problems[:MOST_SHOWN]:
+        print(f"- {problem}")
+    if problems:
+        more = f" ({len(problems) - MOST_SHOWN} more are not shown)" if len(problems) > MOST_SHOWN else ""
+        raise InputError(f"{len(problems)} problems, listed above{more}: mend them, then check again.")
+    print("no problem found")
+    return sum(map(len, seen.values()))
+
+
+def print_counts(seen: Mapping[str, Sequence[dict[str, Any]]], classes: Sequence[str], root: str) -> None:
+    """A table of the images of each class by split, what cannot be learnt, and the sizes of the images."""
+    import numpy as np
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    counts: dict[str, Counter[str]] = {}
+    for split, items in seen.items():
+        found = Counter(classes[c] for item in items for c in np.flatnonzero(item["label"]).tolist())
+        empty = sum(not item["label"].any() for item in items)
+        counts[split] = found + Counter({"(no class)": empty, "(images)": len(items)})
+    table = Table(title=escape(f"{root}: images of each class"), title_justify="left")
+    table.add_column("class")
+    for split in counts:
+        table.add_column(split, justify="right")
+    for name in (*classes, "(no class)", "(images)"):
+        table.add_row(escape(name), *(str(count[name]) for count in counts.values()))
+    Console().print(table)
+    for name in classes:
+        if "train" in counts and not counts["train"][name]:
+            print(f"no training image shows {name}: nothing can be learnt about it")
+    if sizes := [item["size"] for items in seen.values() for item in items]:
+        heights, widths = np.array(sizes).T
+        shown = "{:.0f} to {:.0f}, median {:.0f}"
+        ranges = (shown.format(side.min(), side.max(), np.median(side)) for side in (widths, heights))
+        print("width {}; height {}".format(*ranges))
+
+
+def misnumbered(items: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str]:
+    """A sentence where more than a tenth of the masks show a class that the image's labels do not name.
+
+    Fewer are how people annotate; many are ids in another order than the classes.
+    """
+    wrong = []
+    for item in items:
+        foreign = [classes[c - 1] for c in item["shown"] if 0 < c < 255 and not item["label"][c - 1]]
+        if foreign:
+            wrong.append(f"{item['id']} shows {foreign[0]}")
+    if len(wrong) * 10 <= len(items):
+        return []
+    return [
+        f"{len(wrong)} of {len(items)} masks show a class that the image's labels do not name ({wrong[0]}): the ids in "
+        "the masks have to follow the order of the classes, set dataset.classes or write class_names.txt"
+    ]
+
+
+MOST_SHOWN = 50
+
+
+def voc(cfg: DictConfig) -> int:
+    """Make root what `dataset=voc` reads; returns the number of images of train_aug."""
+    from wsss.prepare.voc import prepare_voc
+
+    with Steps() as steps:
+        urls = {key: cfg[key] for key in ("voc_url", "sbd_url", "voc_md5", "sbd_md5")}
+        made = prepare_voc(cfg.root, **urls, progress=steps.show)
+    masks = made.train_aug
+    print(
+        f"{cfg.root}: train_aug of {masks.ids} images (sha256 of the sorted list {masks.sha256[:12]}...), "
+        f"masks of {masks.voc_masks} images from VOC and {masks.sbd_masks} from SBD ({masks.written} written now), "
+        f"image-level labels of {made.labelled} images in {made.labels}"
+    )
+    for note in masks.notes:
+        print(f"note: {note}")
+    return masks.ids
+
+
+def coco(cfg: DictConfig) -> int:
+    """Draw root's masks from its instances files; returns their number."""
+    from wsss.prepare.coco import build_masks
+
+    root = Path(cfg.root).expanduser()
+    made = 0
+    for split in ("train", "val"):
+        folder = f"{split}2014"
+        annotations = root / "annotations" / f"instances_{folder}.json"
+        if not annotations.is_file():
+            raise InputError(
+                f"{annotations} does not exist: unpack COCO's annotations_trainval2014.zip, train2014.zip and "
+                f"val2014.zip in {root}"
+            )
+        print(f"reading {annotations}")
+        with Steps() as steps:
+            show = partial(steps.show, f"masks of {split}")
+            report = build_masks(annotations, root / "masks" / folder, cfg.rule, show)
+        made += report.masks
+        print(
+            f"{root / 'masks' / folder}: {report.masks} masks by the rule {report.rule} ({report.written} written "
+            f"now), {report.annotations} annotations, {report.crowds} of them crowds, {report.without_annotations} "
+            f"images without any; sha256 of all masks {report.sha256}"
+        )
+    return made
+
+
+class Steps:
+    """A bar for each step of a preparation, with its rate: bytes of downloads and archives, else files."""
+
+    def __enter__(self) -> "Steps":
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+        self.bars = Progress(*columns, TimeRemainingColumn())
+        self.bars.start()
+        self.tasks: dict[str, TaskID] = {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        from rich.filesize import decimal
+
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, done="")
+        in_bytes = what.startswith(("downloading", "unpacking"))
+        shown, speed = str(done), self.bars.tasks[self.tasks[what]].speed or 0.0
+        if in_bytes:
+            shown = f"{decimal(done)}, {decimal(int(speed))}/s"
+        elif speed:
+            shown = f"{done}, {speed:.0f}/s"
+        self.bars.update(self.tasks[what], completed=done, total=total, done=shown)
+
+
+def main() -> None:
+    tasks = {"check": check, "voc": voc, "coco": coco}
+    word = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if word in tasks:
+        run_command(f"data {word}", tasks[word])
+    elif word in ("-h", "--help"):
+        print(USAGE)
+    else:
+        print(f"wsss-data: expected {', '.join(tasks)}, found {word or 'nothing'}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)

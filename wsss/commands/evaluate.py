@@ -1,0 +1,54 @@
+"""`wsss-eval`: measure a checkpoint on a data set."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.commandline import run_command
+from wsss.config import call_checked, extra_directories, plain_values, stored_values
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
+    from wsss.assemble import build_trainer, load_method, open_images, quieten, read_checkpoint
+    from wsss.data.datamodule import DataModule
+    from wsss.report.pictures import save_examples
+    from wsss.report.tables import print_figures
+    from wsss.runs import provenance, write_skipped
+    from wsss.writing import write_json
+
+    quieten()
+    run = HydraConfig.get()
+    out = Path(run.runtime.output_dir)
+    checkpoint = read_checkpoint(cfg.checkpoint, extra_directories())
+    origin = checkpoint["wsss"]
+    stored = origin["dataset_values"] if origin.get("dataset") == run.runtime.choices["dataset"] else {}
+    values = stored_values(cfg.dataset, stored, "dataset")
+    val, skipped = open_images(cfg.dataset._target_, values, "val", cfg.on_bad_image, cfg.data.num_workers)
+    if val is None:
+        raise InputError("the data set names no images to evaluate on: add dataset.val=all, a list or a fraction")
+    write_skipped(out, skipped)
+    data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
+    method = load_method(cfg, checkpoint, data.classes)
+    trainer = build_trainer(plain_values(cfg.trainer, "trainer"), logger=False)
+    trainer.validate(method, data, verbose=False)
+    figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    notes = method.describe(data.val_name)
+    write_json(out / "run.json", provenance(cfg, run.overrides.task))
+    protocol = {f"protocol/{key}": note for key, note in notes.items()}
+    write_json(out / "metrics.json", {"checkpoint": cfg.checkpoint} | figures | protocol)
+    save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
+    print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
+    return figures
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    from wsss.assemble import checkpoint_overrides
+
+    return checkpoint_overrides(arguments)
+
+
+def main() -> None:
+    run_command("eval", evaluate, prepare)

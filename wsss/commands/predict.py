@@ -1,0 +1,72 @@
+"""`wsss-predict`: masks for a folder of photographs."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from wsss import InputError
+from wsss.commandline import run_command
+
+
+def predict(cfg: DictConfig) -> int:
+    """Write masks, overlays and, if asked for, CAMs of every image; returns the number of images."""
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader
+
+    from wsss.assemble import load_method, read_checkpoint
+    from wsss.config import extra_directories
+    from wsss.data.folder import Photographs, find_images
+    from wsss.outputs.masks import MaskFolder, output_names
+    from wsss.predictor import Predictor
+    from wsss.report.tables import progress
+
+    for key, least in (("max_side", 1), ("num_workers", 0)):
+        if not isinstance(cfg[key], int) or cfg[key] < least:
+            raise InputError(f"{key} is {cfg[key]!r}: expected a whole number of at least {least}")
+    out = Path(cfg.out).expanduser()
+    paths = find_images(Path(cfg.images).expanduser(), leave_out=out if out.is_dir() else None)
+    folder = MaskFolder(out)
+    method: Any = load_method(cfg, read_checkpoint(cfg.checkpoint, extra_directories()))
+    predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to("cuda" if torch.cuda.is_available() else "cpu")
+    names, ids = output_names(paths), {name: c + 1 for c, name in enumerate(method.classes)}
+    loader: DataLoader[Any] = DataLoader(
+        Photographs(list(paths.values()), method.mean, method.std),
+        batch_size=None,
+        collate_fn=tuple,  # keeps the arrays: the default turns them into tensors
+        num_workers=cfg.num_workers,
+    )
+    failed: list[str] = []
+    found: Counter[str] = Counter()
+    for name, (image, photo) in progress(zip(names, loader, strict=True), len(names), "predicting"):
+        if photo is None:
+            failed.append(image)
+            continue
+        try:
+            result = predictor.predict_normalised(photo, cfg.cam)
+        except InputError as error:  # too small for the network, say
+            failed.append(f"{name}: {error}")
+            continue
+        cams = None if result.cams is None else {ids[label]: cam for label, cam in result.cams.items()}
+        folder.write(name, result.mask, image if cfg.overlay else None, cams)
+        found.update(method.classes[c - 1] for c in np.unique(result.mask) if c > 0)
+    done = len(names) - len(failed)
+    listed = ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
+    print(f"{done} masks -> {folder.masks}; images with each class: {listed}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(names)} images could not be used and have no mask: {' '.join(failed[:3])}"
+        )
+    return done
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    from wsss.assemble import checkpoint_overrides
+
+    return checkpoint_overrides(arguments, dataset=False)
+
+
+def main() -> None:
+    run_command("predict", predict, prepare)

@@ -1,0 +1,210 @@
+"""`wsss-train`: fit a method on a data set, then evaluate it."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from wsss import InputError
+from wsss.commandline import run_command
+from wsss.config import absolute_paths, build, plain_values
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from wsss.callbacks import RunLog
+    from wsss.data.datamodule import DataModule
+    from wsss.methods.stage import Stage
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Train, evaluate, and leave a run directory; returns the monitored figure."""
+    from wsss.assemble import quieten
+    from wsss.runs import choose_run, finished_figures
+
+    started = time.perf_counter()
+    quieten()
+    check_settings(cfg)
+    run = HydraConfig.get()
+    out = choose_run(cfg, Path(run.runtime.output_dir), alone=run.mode != RunMode.MULTIRUN)
+    if (figures := finished_figures(out)) is not None:
+        print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
+        return figures.get(cfg.monitor)
+    method, data, skipped = prepare(cfg)
+    trainer, log = build_run(cfg, out, data)
+    if trainer.is_global_zero:
+        announce(cfg, out, method, data, skipped)
+    last = out / "checkpoints" / "last.ckpt"
+    trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    if data.val is not None and log.evaluated != trainer.global_step:
+        trainer.validate(method, data, verbose=False)
+    figures = log.figures | {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
+    if trainer.is_global_zero:
+        report(out, method, data, figures | {"peak_memory_mb": peak_memory()})
+    return figures.get(cfg.monitor)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what would fail late.
+
+    Raises:
+        InputError: a number out of range, or a strategy that would repeat a sweep on each device.
+    """
+    strategy = str(cfg.trainer.strategy)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and strategy.startswith("ddp") and strategy != "ddp_spawn":
+        raise InputError(
+            "trainer.strategy=ddp starts this command anew on each device and would repeat the whole sweep there: "
+            "use trainer.strategy=ddp_spawn, or Hydra's submitit launcher"
+        )
+    intervals = ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps")
+    for key, least in (("seed", 0), *((key, 1) for key in intervals)):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
+    if cfg.resume not in (None, "auto"):
+        raise InputError(f"resume is {cfg.resume!r}: expected auto or null; hydra.run.dir names the run to go on with")
+
+
+def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
+    """The method and its data, and a sentence for each image that is left out.
+
+    Raises:
+        InputError: something of the configuration or the data cannot be used; the monitor is no figure of the method.
+    """
+    import pytorch_lightning as pl
+
+    from wsss.assemble import build_data, build_method
+
+    choices = HydraConfig.get().runtime.choices
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data, skipped = build_data(cfg)
+    if data.val is None:
+        print(f"{choices['dataset']} names no images to evaluate on: evaluation is left out")
+    method = build_method(cfg, data)
+    known = method.figures(data.has_masks)
+    if cfg.monitor is not None and cfg.monitor not in known:
+        without = "" if data.has_masks else " without masks"
+        raise InputError(
+            f"monitor={cfg.monitor} is not a figure of {choices['method']}{without}: known are "
+            f"{', '.join(known) or 'none, so that monitor=null is left'}"
+        )
+    dataset = plain_values(cfg.dataset, "dataset")
+    method.origin = {
+        "method": choices["method"],
+        "dataset": choices["dataset"],
+        "dataset_values": absolute_paths(dataset),
+    }
+    return method, data, skipped
+
+
+def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog"]:
+    """The trainer of a run directory, and the callback that knows the latest figures."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from wsss.assemble import build_trainer
+    from wsss.callbacks import FiniteLoss, LastCheckpoint, RunLog, StepProgress, StepSeed, WholeCheckpoints
+
+    settings = plain_values(cfg.trainer, "trainer")
+    interval = min(settings["val_check_interval"], settings["max_steps"])
+    log = RunLog(cfg.trainer.log_every_n_steps)
+    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
+    if data.val is not None and cfg.monitor is not None:
+        best = ModelCheckpoint(
+            out / "checkpoints",
+            filename="best-step-{step:06d}",
+            monitor=cfg.monitor,
+            mode="max",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        callbacks.append(best)
+    callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(StepProgress())
+    trainer = build_trainer(
+        settings
+        | {"val_check_interval": interval, "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1},
+        logger=build(cfg.logger, "logger", save_dir=str(out)) if cfg.logger else False,
+        callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
+        default_root_dir=out,
+        use_distributed_sampler=False,  # our samplers shard themselves
+        num_sanity_val_steps=0,
+    )
+    trainer.accumulate_grad_batches = accumulation(cfg, trainer.world_size)
+    # Lightning's interval is of batches, ours of steps
+    trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+    return trainer, log
+
+
+def accumulation(cfg: DictConfig, devices: int) -> int:
+    """Batches an optimizer step takes, so that `global_batch_size` images make one on any number of devices.
+
+    Raises:
+        InputError: no number of batches makes that many images, or the number given does not.
+    """
+    given, wanted = cfg.trainer.accumulate_grad_batches, cfg.global_batch_size
+    images = cfg.data.batch_size * devices
+    if wanted is None:
+        return given or 1
+    passes = given or max(1, wanted // images)
+    if passes * images != wanted:
+        times = f" x {given} batches a step" if given else ""
+        raise InputError(
+            f"data.batch_size={cfg.data.batch_size} x {devices} devices{times} does not make the recipe's "
+            f"global_batch_size={wanted}: choose a batch that divides it, or set global_batch_size={passes * images}"
+        )
+    if passes > 1 and not given:
+        print(
+            f"an optimizer step takes {passes} batches of {cfg.data.batch_size} on {devices} "
+            f"device{'s' if devices > 1 else ''}: the recipe's {wanted} images"
+        )
+    return passes
+
+
+def announce(cfg: DictConfig, out: Path, method: "Stage", data: "DataModule", skipped: Sequence[str]) -> None:
+    """Leave the run's record, and say what begins."""
+    from wsss.runs import begin, write_skipped
+
+    run = HydraConfig.get()
+    begin(out, cfg, run.overrides.task, data.fingerprint)
+    write_skipped(out, skipped)
+    choices = run.runtime.choices
+    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    print(
+        f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
+        f"{data.train_size} images of {data.num_classes} classes, {cfg.trainer.max_steps} steps -> {out}"
+    )
+
+
+def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, Any]) -> None:
+    """Pictures, metrics.json, and a table of all figures but those of single classes."""
+    from wsss.report.pictures import save_examples
+    from wsss.report.tables import print_figures
+    from wsss.writing import write_json
+
+    notes = method.describe(data.val_name) if data.val is not None else {}
+    method.eval()
+    save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
+    write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
+    print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
+
+
+def peak_memory() -> float:
+    """MiB that this process held at most, on its GPU where it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def main() -> None:
+    run_command("train", train)

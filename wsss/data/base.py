@@ -1,0 +1,199 @@
+"""What a data set is: images with labels and, where there are any, masks to evaluate with."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from wsss import InputError
+from wsss.data.files import first_names, read_image, read_truth
+
+T = TypeVar("T")
+
+
+class Inspection(NamedTuple):
+    """What `wsss-data check` looks at before any training."""
+
+    sets: Mapping[str, Callable[[], "Images"]]  # by the name of the split; making one may raise InputError
+    notes: Sequence[str] = ()  # to be told
+    problems: Sequence[str] = ()  # to be mended
+
+
+class Images(Dataset[dict[str, Any]], ABC):
+    """Base of the data sets.
+
+    An item is a dict of `image` uint8 (H, W, 3), `label` float32 (C,) of zeros and ones, `id` str and, for evaluation
+    where `has_masks`, `mask` uint8 (H, W): 0 background, c + 1 for class c, 255 ignore.
+
+    Attributes:
+        classes: names of the C foreground classes.
+        has_masks: whether items have a mask; to be False in training.
+        has_background: False where the classes cover the whole image.
+    """
+
+    classes: tuple[str, ...]
+    has_masks: bool = True
+    has_background: bool = True
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Of all items, known without opening any: numbers, unless a data set says otherwise."""
+        return [str(index) for index in range(len(self))]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these classes, images and labels from others, so that a run goes on only with its own."""
+        return digest(self.classes, list(self.ids))
+
+    @classmethod
+    def inspection(cls, **values: Any) -> Inspection:
+        """What there is to look at in the data set that a configuration's values describe."""
+        return both_splits(cls, values)
+
+
+def both_splits(target: Callable[..., Any], values: Mapping[str, Any]) -> Inspection:
+    """A data set as it is trained on and evaluated."""
+    return Inspection({split: partial(target, split=split, **values) for split in ("train", "val")})
+
+
+class LabelledImages(Images):
+    """Image files with image-level labels and, to evaluate, mask files; opened one at a time.
+
+    Args:
+        classes: names of the C foreground classes.
+        ids: of the N images.
+        images: their files.
+        labels: float32 (N, C).
+        masks: their masks; None in training and where there are none.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        ids: Sequence[str],
+        images: Sequence[Path],
+        labels: np.ndarray,
+        masks: Sequence[Path] | None = None,
+    ) -> None:
+        self.classes, self._ids = tuple(classes), list(ids)
+        self.images, self.labels, self.masks = list(images), labels, masks
+        self.has_masks = masks is not None
+
+    @property
+    def ids(self) -> list[str]:
+        return self._ids
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises InputError for an image or a mask that cannot be used, with its name."""
+        image = read_image(self.images[index])
+        item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
+        if self.masks is not None:
+            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
+        return item
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.classes, self.ids, self.labels.tolist())
+
+
+class PlainImages(Protocol):
+    """The least that a data set from elsewhere has to have."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class ImageSubset(Images):
+    """Some items of a data set, by index; of one from elsewhere all that `Images` asks for."""
+
+    def __init__(self, source: PlainImages, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.classes = source.classes
+        if isinstance(source, Images):
+            self.has_masks, self.has_background = source.has_masks, source.has_background
+
+    @property
+    def ids(self) -> list[str]:
+        known = self.source.ids if isinstance(self.source, Images) else range(len(self.source))
+        return [str(known[index]) for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.indices[index]]
+
+    @property
+    def fingerprint(self) -> str:
+        own = super().fingerprint
+        return digest(self.source.fingerprint, own) if isinstance(self.source, Images) else own
+
+
+def as_images(source: PlainImages) -> Images:
+    """A torch `Dataset` with `classes` as `Images`, which our own are."""
+    return source if isinstance(source, Images) else ImageSubset(source, range(len(source)))
+
+
+def pick(ids: Sequence[str], found: Mapping[str, T], what: str) -> list[T]:
+    """What was found for every id, in their order.
+
+    Raises:
+        InputError: something is missing; `what` says of what kind and where.
+    """
+    if missing := [image_id for image_id in ids if image_id not in found]:
+        raise InputError(
+            f"{len(missing)} of {len(ids)} ids have no {what} ({first_names(missing)}): add them or shorten the list."
+        )
+    return [found[image_id] for image_id in ids]
+
+
+def check_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise InputError(f"split is {split!r}, expected 'train' or 'val': pass one of them.")
+
+
+def digest(*content: Any) -> str:
+    """A hash of plain values."""
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Inspected(Dataset[dict[str, Any] | str]):
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        try:
+            item = self.images[index]
+        except InputError as error:
+            return str(error)
+        shown = np.unique(item["mask"]) if "mask" in item else np.empty(0, np.uint8)
+        return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"], "shown": shown}
+
+
+def inspect_items(images: Images, num_workers: int) -> DataLoader[dict[str, Any] | str]:
+    """Opens every item in order: its `id`, `size` (H, W), `label` and the ids `shown` by its mask, or why it fails."""
+    return DataLoader(_Inspected(images), batch_size=None, num_workers=num_workers, collate_fn=_as_is)
+
+
+def _as_is(item: T) -> T:
+    return item  # the default would make tensors of numbers

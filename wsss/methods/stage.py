@@ -1,0 +1,126 @@
+"""What all stages of a recipe share: loss terms, protocol, figures, checkpoint contents. No training logic."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.cam import denormalise, multiscale_seg, resize
+from wsss.evaluation.metrics import figures_of
+from wsss.evaluation.protocol import Protocol
+from wsss.losses import build
+from wsss.refine.crf import dense_crf
+
+
+class Stage(pl.LightningModule):
+    """Base of everything that is trained. A subclass saves its constructor's plain values as `hparams`.
+
+    It gives `training_step`, which ends with `self.combine(terms, weights)`, and what it can of `metrics`, which are
+    logged and reset after an evaluation, `describe` and `illustrate`.
+
+    Args:
+        num_classes: C, foreground classes only; `classes` are their names, numbers when None.
+        losses: mapping from a loss key to its `weight` and arguments, or to None to leave the term out.
+        computed: the loss keys this stage computes.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    has_background: bool = True
+    start_arguments: tuple[str, ...] = ("weights",)
+    """Arguments of the constructor that name files or tags to start from; None where a checkpoint gives the weights."""
+    hparams: Any  # Lightning's property, whose type hides the names in it
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None,
+        losses: Mapping[str, Mapping[str, Any] | None],
+        computed: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.classes = tuple(classes or map(str, range(num_classes)))
+        if len(self.classes) != num_classes:
+            raise InputError(f"classes has {len(self.classes)} names for num_classes={num_classes}")
+        self.protocol = Protocol()
+        self.metrics: Any = nn.ModuleDict()
+        self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
+        self.losses = nn.ModuleDict()
+        self.loss_weights: dict[str, float] = {}
+        for key, settings in losses.items():
+            if key not in computed:
+                raise InputError(f"losses.{key}: {type(self).__name__} does not compute it, only {', '.join(computed)}")
+            if settings is not None:
+                if not isinstance(settings, Mapping) or not isinstance(settings.get("weight", 1.0), int | float):
+                    raise InputError(f"losses.{key} is {settings}: expected {{weight: number, ...}} or null")
+                arguments = dict(settings)
+                self.loss_weights[key] = float(arguments.pop("weight", 1.0))
+                self.losses[key] = build(key, **arguments)
+        if not self.losses:
+            raise InputError("losses: every term is null, so there is nothing to learn")
+
+    def without_background(self) -> None:
+        """For data whose classes tile the image: no pixel of a prediction or a label made here is background."""
+        self.has_background = False
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training, which schedules divide."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def combine(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Any]:
+        """Weighted sum of the loss terms, shown with its parts; what `training_step` returns and RunLog logs."""
+        total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
+        self.log("train/loss", total.detach(), prog_bar=True, logger=False)
+        parts = {key: term.detach() for key, term in terms.items()}
+        self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True, logger=False)
+        return {"loss": total, "terms": parts}
+
+    def colours(self, image: Tensor) -> Tensor:
+        """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
+        return denormalise(image, self.mean, self.std)
+
+    def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
+        """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of one pass over them.
+
+        `seg` (B, 1 + C, h, w) is what `self(image)` gives at the protocol's size.
+        """
+        protocol, side = self.protocol, self.protocol.size
+        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
+            scores = resize(seg, size)
+        else:
+            sized = image if side is None else resize(image, (side, side))
+            how = (protocol.scales, protocol.flip, protocol.fusion)
+            scores = multiscale_seg(lambda x: self(x)["seg"], sized, size, *how)
+        if protocol.crf is not None:
+            scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
+        return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
+
+    def figures(self, has_masks: bool) -> list[str]:
+        """What an evaluation logs, which is what a run can be monitored by; without masks only what labels tell."""
+        return [f"val/{key}" for key in self.metrics if has_masks or key.endswith("map")]
+
+    def describe(self, split: str) -> dict[str, str]:
+        """For each evaluated figure what it was measured on and under which protocol."""
+        return {}
+
+    def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Pictures of a batch of one evaluation image, by the name of a file and by title.
+
+        Bytes (H, W, 3) are colours, floats (H, W) in [0, 1] heat upon `image`, integers (H, W) ids, 255 undecided.
+        """
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        figures = figures_of(self.metrics, self.classes)
+        self.log_dict({f"val/{key}": value for key, value in figures.items()}, logger=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
+        images["has_background"] = self.has_background
+        checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin

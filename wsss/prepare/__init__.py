@@ -1,0 +1,1 @@
+"""Public data sets brought into shape: downloads, archives and masks, none of which training needs."""

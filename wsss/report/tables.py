@@ -1,0 +1,63 @@
+"""Tables and progress bars in the terminal."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
+"""The figures of a run that stand in tables over runs."""
+
+
+def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title: str) -> None:
+    """A table of figures, each with the protocol it was measured under."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("measured on")
+    for key, value in figures.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(escape(key), shown, escape(notes.get(key, "")))
+    Console().print(table)
+
+
+def print_sweep(directory: Path) -> None:
+    """One table over the jobs of a sweep, from their metrics.json and overrides."""
+    runs = sorted(directory.glob("*/run.json"), key=lambda p: (len(p.parent.name), p.parent.name))
+    jobs = []
+    for run in runs:
+        overrides = dict(o.split("=", 1) for o in json.loads(run.read_text())["overrides"])
+        metrics = run.with_name("metrics.json")
+        jobs.append((overrides, json.loads(metrics.read_text()) if metrics.exists() else {}))
+    varied = [k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1]
+    keys = [key for key in SUMMARY if any(key in values for _, values in jobs)]
+    table = Table(title=escape(f"sweep {directory}"), title_justify="left")
+    for key in (*varied, *keys):  # short names: eight columns have to fit a terminal
+        table.add_column(".".join(key.removeprefix("val/").split(".")[-2:]), justify="right", overflow="fold")
+    for overrides, values in jobs:
+        cells = [_cell(values.get(key)) if values else "failed" for key in keys]
+        table.add_row(*(escape(overrides.get(key, "")) for key in varied), *cells)
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and value < 10 else "" if value is None else f"{value:.0f}"
+
+
+def progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """The items under a progress bar with their rate."""
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    started = time.perf_counter()
+    with Progress(*columns) as bar:
+        task = bar.add_task(description, total=total, rate="")
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - started):.1f}/s")

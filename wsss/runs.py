@@ -1,0 +1,141 @@
+"""Run directories: chosen, locked, resumed, finished."""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from wsss import InputError, RunError, __version__
+from wsss.config import flatten
+from wsss.writing import write_json, write_whole
+
+
+def choose_run(cfg: DictConfig, out: Path, alone: bool) -> Path:
+    """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
+
+    It is locked until this process ends, however it ends. `alone` says that this is no job of a sweep, whose
+    directories are given.
+
+    Raises:
+        InputError: the directory holds a run already, or one of another configuration.
+        RunError: another process is at work there.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # another process of a run whose first one has chosen
+        return Path(os.environ.get("WSSS_RUN_DIR", out))
+    if cfg.resume == "auto" and (out / "run.json").exists():
+        if different := differing_keys(cfg, out):
+            raise InputError(
+                f"{out} holds a run of another configuration, different are {', '.join(different[:5])}: "
+                "repeat its command, or give another hydra.run.dir"
+            )
+    elif cfg.resume == "auto" and alone:
+        old = newest_unfinished(cfg, out.parent)
+        if old is not None:
+            out.rmdir()  # made by Hydra a moment ago
+            out = old
+        print(f"resume=auto: {f'going on with {old}' if old else f'no such run in {out.parent}, starting {out.name}'}")
+    elif (out / "run.json").exists():
+        raise InputError(f"{out} already holds a run: give another hydra.run.dir, add resume=auto, or remove it")
+    if not lock(out):
+        raise RunError(f"{out} is in use by another process: wait for its end, or give another hydra.run.dir")
+    for temporary in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        temporary.unlink()
+    os.environ["WSSS_RUN_DIR"] = str(out)
+    return out
+
+
+def newest_unfinished(cfg: DictConfig, folder: Path) -> Path | None:
+    """The run that began last among those of this configuration that have not ended and that nobody works on."""
+    begun = sorted(folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = (path.parent for path in begun if finished_figures(path.parent) is None)
+    return next((run for run in runs if not differing_keys(cfg, run) and lock(run)), None)
+
+
+def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
+    """Keys whose values differ from those of the run in this directory; `resume` aside."""
+    stored = OmegaConf.load(run / "config.yaml")
+    ours, theirs = (flatten(OmegaConf.to_container(config, resolve=True)) for config in (cfg, stored))
+    return [key for key in ours | theirs if key != "resume" and ours.get(key, ...) != theirs.get(key, ...)]
+
+
+def finished_figures(run: Path) -> dict[str, Any] | None:
+    """What a run that has ended has measured; None for one that has not."""
+    metrics = run / "metrics.json"
+    return json.loads(metrics.read_text()) if metrics.exists() else None
+
+
+def begin(out: Path, cfg: DictConfig, overrides: Sequence[str], fingerprint: str) -> None:
+    """Leave in a new run directory what is needed to repeat it; in one that goes on, see that the data is the same.
+
+    Raises:
+        InputError: the images, classes or labels are not those that the run began with.
+    """
+    if not (out / "run.json").exists():
+        with write_whole(out / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
+        write_json(out / "run.json", provenance(cfg, overrides) | {"fingerprint": fingerprint})
+        return
+    # a run of version 0.1 has no fingerprint that knows the labels, and goes on without
+    known = json.loads((out / "run.json").read_text()).get("fingerprint", fingerprint)
+    if known != fingerprint:
+        raise InputError(
+            f"the images, classes or labels of the data set are not those that {out} began with: restore them, or "
+            "start anew"
+        )
+
+
+def provenance(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a reader of a directory needs to repeat its figures."""
+    import pytorch_lightning
+    import timm
+    import torch
+
+    return {
+        "overrides": list(overrides),
+        "command": " ".join(sys.argv),
+        "seed": cfg.seed,
+        "wsss": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pytorch_lightning.__version__,
+        "timm": timm.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
+    }
+
+
+def write_skipped(out: Path, skipped: Sequence[str]) -> None:
+    """Say how many images are left out, and list them in skipped.txt."""
+    if skipped:
+        (out / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in skipped))
+        print(f"{len(skipped)} images cannot be used and are left out, see {out / 'skipped.txt'}: {skipped[0]}")
+
+
+LOCKS: dict[Path, int] = {}
+"""Descriptors of the run directories of this process, open until it ends."""
+
+
+def lock(out: Path) -> bool:
+    """Take a run directory for this process; False where another one has it."""
+    if out not in LOCKS:
+        descriptor = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        LOCKS[out] = descriptor
+    return True
+
+
+def release() -> None:
+    while LOCKS:
+        os.close(LOCKS.popitem()[1])
+
+
+os.register_at_fork(after_in_child=release)  # a loader's worker outlives a killed run by seconds

@@ -1,0 +1,66 @@
+"""Files that appear whole or not at all, and masks in VOC's colours."""
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from wsss import InputError
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` at the end: whole, or as before if anything fails.
+
+    Its folder is made. The temporary name is short whatever the name, and of this call alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    temporary = path.with_name(f".{digest}-{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """NaN and infinity are written as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    with write_whole(path) as file:
+        file.write(f"{json.dumps(finite, indent=2)}\n".encode())
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Writes ids, uint8 (H, W), as a PNG with VOC's palette."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette().tobytes())
+    with write_whole(path) as file:
+        picture.save(file, "png")
+
+
+def palette() -> np.ndarray:
+    """VOC's colours, (256, 3) uint8: the bits of an id spread over the channels."""
+    bits = np.arange(8)[:, None]
+    shifts = 3 * bits + np.arange(3)  # (8, 3)
+    return (((np.arange(256)[:, None, None] >> shifts & 1) << (7 - bits)).sum(1)).astype(np.uint8)
+
+
+@contextmanager
+def explain_refusal(path: Path) -> Iterator[None]:
+    """Raises InputError for what the system refuses to write, on a full disk for instance."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or error
+        raise InputError(f"{path} cannot be written ({found}): make room or choose another folder.") from error
