@@ -214,3 +214,32 @@ def test_full_disk(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
     assert call("train", *arguments) == 0
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["between", "at the end"])
+def test_killed_while_it_evaluates(tmp_path: Path, step: int) -> None:
+    """The evaluation alone is made again, and everything ends as if nothing had happened."""
+    from wsss.methods.toco import ToCo
+
+    assert call("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    proper, trained = ToCo.validation_step, ToCo.training_step
+    steps: list[int] = []
+
+    def failing(self: ToCo, batch: object, batch_idx: int) -> None:
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        proper(self, batch, batch_idx)
+
+    def counting(self: ToCo, batch: object, batch_idx: int) -> object:
+        steps.append(self.global_step)
+        return trained(self, batch, batch_idx)
+
+    again = [*ARGUMENTS, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToCo, "validation_step", failing)
+        assert call("train", *again) == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToCo, "training_step", counting)
+        assert call("train", *again) == 0
+    assert steps == list(range(step, 6))
+    assert compare(tmp_path / "a", tmp_path / "b")[1] == []

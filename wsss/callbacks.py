@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -162,19 +163,53 @@ class CSVLog(Logger):
         self.rows = len(rows)
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: after each evaluation, or every so many steps where nothing is evaluated, and at the end.
+class BestCheckpoint(Checkpoint):
+    """Keeps `best-step-<n>.ckpt`, the checkpoint with the largest monitored figure, the first of equal ones.
 
-    After, so that a run that goes on from it has nothing to evaluate again, and knows the best checkpoint so far.
+    Unlike Lightning's own it also counts the evaluation that follows a training, which a run that was killed while
+    it evaluated makes up for.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder, self.monitor = folder, monitor
+        self.best: float | None = None
+        self.name = ""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figure = float(trainer.callback_metrics.get(self.monitor, torch.nan))
+        if figure > (-math.inf if self.best is None else self.best):  # never if it is NaN
+            former, self.best, self.name = self.name, figure, f"best-step-{trainer.global_step:06d}.ckpt"
+            trainer.save_checkpoint(self.folder / self.name)
+            if former not in ("", self.name):
+                trainer.strategy.remove_checkpoint(self.folder / former)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "name": self.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.name = state_dict["best"], state_dict["name"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: before and after each evaluation, or every so many steps where nothing is evaluated.
+
+    Before, so that an evaluation that fails or is killed costs no training: a run that goes on from there evaluates
+    first. After, so that it has nothing to evaluate again, and knows the best checkpoint so far.
     """
 
     def __init__(self, path: Path, every: int | None) -> None:
         self.path, self.every, self.step = path, every, -1
+        self.to_evaluate = False
 
     def save(self, trainer: pl.Trainer) -> None:
-        if self.step != trainer.global_step:
-            self.step = trainer.global_step
-            trainer.save_checkpoint(self.path)
+        self.step = trainer.global_step
+        trainer.save_checkpoint(self.path)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.to_evaluate:  # as the training loop does after a step
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,12 +217,24 @@ class LastCheckpoint(Checkpoint):
         if self.every is not None and (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches) == 0:
             self.save(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit":
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.to_evaluate:
+            self.to_evaluate = True
             self.save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.to_evaluate = False
         self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.step != trainer.global_step:
+            self.save(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"to_evaluate": self.to_evaluate}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.to_evaluate = state_dict["to_evaluate"]
 
 
 class WholeCheckpoints(TorchCheckpointIO):

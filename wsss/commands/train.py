@@ -105,25 +105,23 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
 
 def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog"]:
     """The trainer of a run directory, and the callback that knows the latest figures."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
     from wsss.assemble import build_trainer
-    from wsss.callbacks import FiniteLoss, LastCheckpoint, RunLog, StepProgress, StepSeed, WholeCheckpoints
+    from wsss.callbacks import (
+        BestCheckpoint,
+        FiniteLoss,
+        LastCheckpoint,
+        RunLog,
+        StepProgress,
+        StepSeed,
+        WholeCheckpoints,
+    )
 
     settings = plain_values(cfg.trainer, "trainer")
     interval = min(settings["val_check_interval"], settings["max_steps"])
     log = RunLog(cfg.trainer.log_every_n_steps)
     callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
     if data.val is not None and cfg.monitor is not None:
-        best = ModelCheckpoint(
-            out / "checkpoints",
-            filename="best-step-{step:06d}",
-            monitor=cfg.monitor,
-            mode="max",
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
-        callbacks.append(best)
+        callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress())

@@ -44,7 +44,7 @@ class MaskFolder:
             name: of the image.
             mask: ids, uint8 (H, W).
             image: uint8 (H, W, 3), where an overlay is wanted.
-            cams: where they are wanted, maps (H, W) in [0, 1] by id: `cam` (n, H, W) float16 and `ids` (n,) in the file.
+            cams: where they are wanted, maps (H, W) in [0, 1] by id; in the file `cam` (n, H, W) float16, `ids` (n,).
         """
         write_mask(self.masks / f"{name}.png", mask)
         if image is not None:
