@@ -1,6 +1,8 @@
 """How every command runs: its line is put in order for Hydra, a user's mistake becomes one sentence and exit code 2."""
 
 import errno
+import io
+import itertools
 import math
 import os
 import re
@@ -16,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wsss import InputError, RunError
@@ -25,8 +27,8 @@ from wsss.config import PATH_KEYS, composing, config_dir, given_directories, giv
 OPTIONAL_GROUPS = ("transform", "recipe")
 """Groups whose option is named after others and need not exist."""
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What the system says when a disk or a quota is full, or may not be written to."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says when a disk or a quota is full."""
 
 VALUE_OPTIONS = {
     "--config-dir",
@@ -51,13 +53,21 @@ def run_command(
 
     `prepare` may replace the overrides once they are arranged. Exit codes: 0, 1 a failed run, 2 a user's mistake.
     """
+    if os.name != "posix":
+        sys.exit(_say(name, "the commands run on Linux and macOS; on Windows use its subsystem for Linux", 2))
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account of an error and exits with 1
     failures: list[int] = []
     job = _job(name, task, failures)
     arguments = sys.argv[1:]
     try:
         arguments = order_arguments(arguments)
-        if not {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(arguments):
+        if {"--help", "-h"} & set(arguments):
+            print_help(name, arguments)
+            return
+        if not {"--hydra-help", "--version", "--info", "-i"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
@@ -67,6 +77,8 @@ def run_command(
         failures.append(_say(name, "interrupted", 130))
     except BrokenPipeError:  # the reader of our output has closed it, `wsss-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # Hydra could not make the run directory
+        failures.append(_say(name, explain_failure(error, Path.cwd()) or str(error), 1))
     if failures:
         sys.exit(max(failures))
 
@@ -94,19 +106,18 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
             goes_on = "; the same command with resume=auto goes on with it" if any(out.rglob("*.ckpt")) else ""
             said = "terminated" if terminated else "interrupted"
             sys.exit(_say(name, said + goes_on, 143 if terminated else 130))
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            where = error.filename or out
-            sentence = f"cannot write {where} ({error.strerror}): what was complete is kept; make room, then run again"
-            failures.append(_say(name, sentence, 1))
-            return math.nan
         except (InputError, RunError, OmegaConfBaseException) as error:
             if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
                 _remove_run(out)
-            place = f"job {run.job.num} ({run.job.override_dirname}): " if not alone else ""
-            failures.append(_say(name, place + explain(error, name, []), 1 if isinstance(error, RunError) else 2))
-            return math.nan
+            sentence, code = explain(error, name, []), 1 if isinstance(error, RunError) else 2
+        except (OSError, MemoryError, RuntimeError) as error:
+            found = explain_failure(error, out)
+            if found is None:
+                raise
+            sentence, code = found, 1
+        place = f"job {run.job.num} ({run.job.override_dirname}): " if not alone else ""
+        failures.append(_say(name, place + sentence, code))
+        return math.nan
 
     job.__name__ = task.__name__
     job.__module__ = task.__module__
@@ -150,14 +161,40 @@ def _quote_override(override: str, sweep: bool) -> str:
     return f"{key}={','.join(map(quote, value.split(','))) if sweep else quote(value)}"
 
 
+def explain_failure(error: Exception, out: Path) -> str | None:
+    """One sentence about what the machine refused to a run in `out`; None for what is an error of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        where, reason = error.filename or out, error.strerror or text
+        if error.errno in FULL:
+            return f"cannot write {where} ({reason}): what was complete is kept; make room, then run again"
+        return f"{where} cannot be used ({reason}): what was complete is kept; mend this, or name another place"
+    if isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't allocate memory", text):
+        return (
+            f"there is not enough memory ({text[:200] or 'MemoryError'}): what was complete is kept; make "
+            "data.batch_size, transform.crop_size or protocol.max_side smaller, then run again"
+        )
+    if "DataLoader worker" in text:
+        return (
+            f"a loader process has died ({text[:200]}), as they do where memory or shared memory ends: what was "
+            "complete is kept; run again with data.num_workers=0"
+        )
+    return None
+
+
+def message_of(error: Exception) -> str:
+    """What an InputError says, also one from a loader's process, which sends its traceback as the message."""
+    text = str(error)
+    return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
+
+
 def explain(error: Exception, name: str, arguments: list[str]) -> str:
     """One sentence about a configuration error, with what would have been possible."""
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set: add {error.full_key}=... to the command"
     if isinstance(error, InputError | RunError):
-        # a loader's worker sends its traceback as the message
-        return text.rpartition("wsss.InputError: ")[2].strip() if text.startswith("Caught InputError") else text
+        return message_of(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option} does not exist: known are {', '.join(error.options) or 'none'}"
@@ -218,3 +255,25 @@ def check_choices() -> None:
             print(
                 f"no recipe for method={choices['method']} dataset={choices['dataset']}: the method's defaults are used"
             )
+
+
+def print_help(name: str, arguments: list[str]) -> None:
+    """What a command does, examples, the groups it chooses from and all that can be set: from its file in conf/."""
+    config = name.split()[-1]
+    lines = (config_dir() / f"{config}.yaml").read_text(encoding="utf-8").splitlines()
+    for line in itertools.takewhile(lambda line: line.startswith("#"), lines):
+        print(line.removeprefix("#").removeprefix(" "))
+    with composing(given_directories(arguments)) as search_path:
+        overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        composed = hydra.compose(config, overrides=[*overrides, *search_path], return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        groups = sorted(group for group in composed.hydra.runtime.choices if not group.startswith("hydra/"))
+        options = {group: loader.get_group_options(group, overrides=search_path) for group in groups}
+    if groups:
+        print("\nChoose")
+    for group, known in options.items():
+        if known:
+            print(f"  {group}={composed.hydra.runtime.choices[group]}  of {', '.join(known)}")
+    print("\nSet any of these, KEY.KEY=VALUE; the values are those that hold now:\n")
+    print(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])).rstrip())
+    print("\n-m sweeps over values given as a,b,c; --config-dir DIR adds options of your own")
