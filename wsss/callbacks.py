@@ -129,6 +129,8 @@ class CSVLog(Logger):
     def keep(self, rows: int) -> None:
         """Start with the first rows of what is there; the others belong to steps that will be made again."""
         kept = self._read()[:rows] if rows else []
+        if len(kept) < rows:
+            print(f"{self.path} is damaged: {rows - len(kept)} rows of earlier steps are lost")
         # as many columns as these rows fill, in the order in which they came
         self.columns = list(dict.fromkeys(key for row in kept for key, value in row.items() if value != ""))
         self._write(kept)
@@ -150,8 +152,12 @@ class CSVLog(Logger):
         """They stand in config.yaml."""
 
     def _read(self) -> list[dict[str, Any]]:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        """The rows that are whole."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""))) if "\0" not in text else []
+        return [row for row in rows if None not in row and None not in row.values() and row.get("step")]
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

@@ -5,22 +5,30 @@ import json
 import os
 import platform
 import sys
+import textwrap
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from wsss import InputError, RunError, __version__
 from wsss.config import flatten
 from wsss.writing import write_json, write_whole
 
 
-def choose_run(cfg: DictConfig, out: Path, alone: bool) -> Path:
+def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
     """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
 
-    It is locked until this process ends, however it ends. `alone` says that this is no job of a sweep, whose
-    directories are given.
+    It is locked until this process ends, however it ends.
+
+    Args:
+        cfg: the composed configuration.
+        out: Hydra's directory.
+        search: whether `resume=auto` may go on with another run beside `out`, which nobody has named.
 
     Raises:
         InputError: the directory holds a run already, or one of another configuration.
@@ -28,19 +36,19 @@ def choose_run(cfg: DictConfig, out: Path, alone: bool) -> Path:
     """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # another process of a run whose first one has chosen
         return Path(os.environ.get("WSSS_RUN_DIR", out))
-    if cfg.resume == "auto" and (out / "run.json").exists():
+    if cfg.resume == "auto" and (out / "config.yaml").exists():
         if different := differing_keys(cfg, out):
             raise InputError(
                 f"{out} holds a run of another configuration, different are {', '.join(different[:5])}: "
                 "repeat its command, or give another hydra.run.dir"
             )
-    elif cfg.resume == "auto" and alone:
+    elif cfg.resume == "auto" and search:
         old = newest_unfinished(cfg, out.parent)
         if old is not None:
             out.rmdir()  # made by Hydra a moment ago
             out = old
         print(f"resume=auto: {f'going on with {old}' if old else f'no such run in {out.parent}, starting {out.name}'}")
-    elif (out / "run.json").exists():
+    elif (out / "run.json").exists() or (out / "config.yaml").exists():
         raise InputError(f"{out} already holds a run: give another hydra.run.dir, add resume=auto, or remove it")
     if not lock(out):
         raise RunError(f"{out} is in use by another process: wait for its end, or give another hydra.run.dir")
@@ -52,22 +60,87 @@ def choose_run(cfg: DictConfig, out: Path, alone: bool) -> Path:
 
 def newest_unfinished(cfg: DictConfig, folder: Path) -> Path | None:
     """The run that began last among those of this configuration that have not ended and that nobody works on."""
-    begun = sorted(folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    runs = (path.parent for path in begun if finished_figures(path.parent) is None)
-    return next((run for run in runs if not differing_keys(cfg, run) and lock(run)), None)
+    begun = sorted(folder.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for run in (path.parent for path in begun):
+        if finished_figures(run) is not None:
+            continue
+        try:
+            different = differing_keys(cfg, run)
+        except InputError as error:
+            print(f"left alone: {error}")
+            continue
+        if not different and lock(run):
+            return run
+    return None
 
 
 def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
-    """Keys whose values differ from those of the run in this directory; `resume` aside."""
-    stored = OmegaConf.load(run / "config.yaml")
-    ours, theirs = (flatten(OmegaConf.to_container(config, resolve=True)) for config in (cfg, stored))
+    """Keys whose values differ from those of the run in this directory; `resume` aside.
+
+    Raises:
+        InputError: its config.yaml cannot be read.
+    """
+    path = run / "config.yaml"
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path))  # written with all interpolations resolved
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(
+            f"{path} cannot be read as the configuration of a run ({shorten(error)}): put it back, or give another "
+            "hydra.run.dir"
+        ) from error
+    if not isinstance(stored, dict) or not stored:
+        raise InputError(f"{path} holds no configuration of a run: put it back, or give another hydra.run.dir")
+    ours, theirs = flatten(OmegaConf.to_container(cfg, resolve=True)), flatten(stored)
     return [key for key in ours | theirs if key != "resume" and ours.get(key, ...) != theirs.get(key, ...)]
 
 
 def finished_figures(run: Path) -> dict[str, Any] | None:
-    """What a run that has ended has measured; None for one that has not."""
-    metrics = run / "metrics.json"
-    return json.loads(metrics.read_text()) if metrics.exists() else None
+    """What a run that has ended has measured; None for one that has not, or whose metrics.json is damaged."""
+    return read_json(run / "metrics.json")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """An object that `write_json` has written; None where there is none, or something else, which is said."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
+        content = shorten(error)
+    if isinstance(content, dict) and content:
+        return content
+    print(f"{path} is damaged and is written anew")
+    return None
+
+
+def readable_checkpoint(out: Path) -> Path | None:
+    """The checkpoint that a run goes on from: last.ckpt, else the newest best one; None where there is none.
+
+    Raises:
+        RunError: there are checkpoints, and none of them can be read.
+    """
+    folder = out / "checkpoints"
+    candidates = [folder / "last.ckpt", *sorted(folder.glob("best-step-*.ckpt"), reverse=True)]
+    damaged: list[str] = []
+    for path in candidates:
+        if path.exists():
+            if is_whole(path):
+                if damaged:
+                    print(f"{', '.join(damaged)} cannot be read: going on from {path.name}")
+                return path
+            damaged.append(path.name)
+    if damaged:
+        raise RunError(f"{out} cannot go on, since {', '.join(damaged)} cannot be read: give another hydra.run.dir")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is the archive that torch has written, every byte of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def begin(out: Path, cfg: DictConfig, overrides: Sequence[str], fingerprint: str) -> None:
@@ -76,14 +149,13 @@ def begin(out: Path, cfg: DictConfig, overrides: Sequence[str], fingerprint: str
     Raises:
         InputError: the images, classes or labels are not those that the run began with.
     """
-    if not (out / "run.json").exists():
+    record = read_json(out / "run.json")
+    if record is None:
         with write_whole(out / "config.yaml") as file:
             file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
         write_json(out / "run.json", provenance(cfg, overrides) | {"fingerprint": fingerprint})
-        return
     # a run of version 0.1 has no fingerprint that knows the labels, and goes on without
-    known = json.loads((out / "run.json").read_text()).get("fingerprint", fingerprint)
-    if known != fingerprint:
+    elif record.get("fingerprint", fingerprint) != fingerprint:
         raise InputError(
             f"the images, classes or labels of the data set are not those that {out} began with: restore them, or "
             "start anew"
@@ -114,6 +186,11 @@ def write_skipped(out: Path, skipped: Sequence[str]) -> None:
     if skipped:
         (out / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in skipped))
         print(f"{len(skipped)} images cannot be used and are left out, see {out / 'skipped.txt'}: {skipped[0]}")
+
+
+def shorten(error: Exception) -> str:
+    """What a parser says, on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 120)
 
 
 LOCKS: dict[Path, int] = {}

@@ -11,8 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from wsss import InputError
-from wsss.commandline import run_command
+from wsss import InputError, RunError
+from wsss.commandline import message_of, run_command
 from wsss.config import absolute_paths, build, plain_values
 
 if TYPE_CHECKING:
@@ -26,28 +26,37 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
     from wsss.assemble import quieten
-    from wsss.runs import choose_run, finished_figures
+    from wsss.runs import choose_run, finished_figures, readable_checkpoint
 
     started = time.perf_counter()
     quieten()
     check_settings(cfg)
     run = HydraConfig.get()
-    out = choose_run(cfg, Path(run.runtime.output_dir), alone=run.mode != RunMode.MULTIRUN)
+    named = any(override.startswith("hydra.run.dir=") for override in run.overrides.hydra)
+    out = choose_run(cfg, Path(run.runtime.output_dir), search=run.mode != RunMode.MULTIRUN and not named)
     if (figures := finished_figures(out)) is not None:
         print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
         return figures.get(cfg.monitor)
     method, data, skipped = prepare(cfg)
     trainer, log = build_run(cfg, out, data)
+    last = readable_checkpoint(out)
     if trainer.is_global_zero:
         announce(cfg, out, method, data, skipped)
-    last = out / "checkpoints" / "last.ckpt"
-    trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    if data.val is not None and log.evaluated != trainer.global_step:
-        trainer.validate(method, data, verbose=False)
+    try:
+        trainer.fit(method, data, ckpt_path=last, weights_only=True)
+        if data.val is not None and log.evaluated != trainer.global_step:
+            trainer.validate(method, data, verbose=False)
+    except InputError as error:
+        if (out / "checkpoints" / "last.ckpt").exists():
+            raise RunError(f"{message_of(error)} {KEPT.format(out=out)}") from error
+        raise
     figures = log.figures | {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
     if trainer.is_global_zero:
         report(out, method, data, figures | {"peak_memory_mb": peak_memory()})
     return figures.get(cfg.monitor)
+
+
+KEPT = "(what was trained is kept in {out}: mend this, then the same command with resume=auto goes on)"
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -87,6 +96,11 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     if data.val is None:
         print(f"{choices['dataset']} names no images to evaluate on: evaluation is left out")
     method = build_method(cfg, data)
+    if missing := [view for view in method.views if view not in data.first_item()]:
+        raise InputError(
+            f"{choices['method']} learns from the views {', '.join(missing)}, which transform="
+            f"{choices.get('transform')} does not make: choose another transform, e.g. transform={choices['method']}"
+        )
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:
         without = "" if data.has_masks else " without masks"
@@ -179,19 +193,32 @@ def announce(cfg: DictConfig, out: Path, method: "Stage", data: "DataModule", sk
         f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
         f"{data.train_size} images of {data.num_classes} classes, {cfg.trainer.max_steps} steps -> {out}"
     )
+    for key, step in method.loss_starts.items():
+        if step > 0:
+            never = f", and this run ends at step {cfg.trainer.max_steps}, before that"
+            print(f"loss {key} takes part from step {step} on{never if step >= cfg.trainer.max_steps else ''}")
+    if data.val is not None and not data.val.has_labels and str(cfg.monitor).endswith("map"):
+        print(f"no evaluation image has a label: {cfg.monitor} is NaN, and there is no best checkpoint")
 
 
 def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, Any]) -> None:
-    """Pictures, metrics.json, and a table of all figures but those of single classes."""
+    """metrics.json, a table of all figures but those of single classes, and pictures.
+
+    Raises:
+        RunError: no pictures could be made; all else is there.
+    """
     from wsss.report.pictures import save_examples
     from wsss.report.tables import print_figures
     from wsss.writing import write_json
 
     notes = method.describe(data.val_name) if data.val is not None else {}
-    method.eval()
-    save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
     write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
     print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
+    method.eval()
+    try:
+        save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
+    except (InputError, RuntimeError, MemoryError, OSError) as error:
+        raise RunError(f"{out} is complete, but for its pictures: {' '.join(str(error).split())[:300]}") from error
 
 
 def peak_memory() -> float:

@@ -52,6 +52,11 @@ class Images(Dataset[dict[str, Any]], ABC):
         return [str(index) for index in range(len(self))]
 
     @property
+    def has_labels(self) -> bool:
+        """Whether any image shows a class, as far as that is known without opening them."""
+        return True
+
+    @property
     def fingerprint(self) -> str:
         """Tells these classes, images and labels from others, so that a run goes on only with its own."""
         return digest(self.classes, list(self.ids))
@@ -106,6 +111,10 @@ class LabelledImages(Images):
         return item
 
     @property
+    def has_labels(self) -> bool:
+        return bool(self.labels.any())
+
+    @property
     def fingerprint(self) -> str:
         return digest(self.classes, self.ids, self.labels.tolist())
 
@@ -139,6 +148,11 @@ class ImageSubset(Images):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self.indices[index]]
+
+    @property
+    def has_labels(self) -> bool:
+        source = self.source
+        return bool(source.labels[self.indices].any()) if isinstance(source, LabelledImages) else True
 
     @property
     def fingerprint(self) -> str:

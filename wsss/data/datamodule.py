@@ -157,6 +157,12 @@ class DataModule(pl.LightningDataModule):
         """What is evaluated, for people."""
         return f"val, {len(self.val) if self.val is not None else 0} images"
 
+    def first_item(self) -> dict[str, Any]:
+        """A training item as the loader makes it."""
+        if self.train is None:
+            raise InputError("this DataModule has no data set to train on")
+        return _TrainItems(self.train, self)[0, 0]
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         if self.train is None:
             raise InputError("this DataModule has no data set to train on")

@@ -138,7 +138,6 @@ class RCMMAM(WSSSModule):
         self.support = deepcopy(self.main).requires_grad_(False).eval()
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
-        self.starts = {"cls": 0, "rcm": rcm_start, "mam": mam_start}
 
     def start_from(self, path: str) -> None:
         """Both networks' weights from a checkpoint of this method.
@@ -160,9 +159,14 @@ class RCMMAM(WSSSModule):
         self.support.eval()
         return self
 
+    @property
+    def loss_starts(self) -> dict[str, int]:
+        starts = {"rcm": self.hparams.rcm_start, "mam": self.hparams.mam_start}
+        return {key: starts.get(key, 0) for key in self.losses}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label = batch["image"], batch["label"]
-        weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.starts[key]}
+        weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.loss_starts[key]}
         terms: dict[str, Tensor] = {}
         size = image.shape[-2:]
         features, cam = self.main(image)

@@ -101,6 +101,16 @@ class Stage(pl.LightningModule):
             scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
         return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """What the transform has to make for a training batch."""
+        return ("image",)
+
+    @property
+    def loss_starts(self) -> dict[str, int]:
+        """The optimizer steps from which the loss terms take part."""
+        return dict.fromkeys(self.losses, 0)
+
     def figures(self, has_masks: bool) -> list[str]:
         """What an evaluation logs, which is what a run can be monitored by; without masks only what labels tell."""
         return [f"val/{key}" for key in self.metrics if has_masks or key.endswith("map")]

@@ -177,11 +177,24 @@ class ToCo(WSSSModule):
         # read while the labels are on the host, so that PAR knows its number of maps without a sync in the step
         return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
 
+    def phase(self, step: int) -> tuple[Mapping[str, Any], dict[str, float]]:
+        """The phase of a step, and the weights of the loss terms that take part in it."""
+        phase: Mapping[str, Any] = next((p for p in self.phases if step <= p["until"]), {"weights": {}})
+        changed = {key: weight for key, weight in phase["weights"].items() if key in self.losses}
+        return phase, {key: w for key, w in (self.loss_weights | changed).items() if w is not None}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("image", "image_box", *(("global_view", "local_source") if "ctc" in self.losses else ()))
+
+    @property
+    def loss_starts(self) -> dict[str, int]:
+        begins = [0, *(phase["until"] + 1 for phase in self.phases)]  # of the phases, and of what follows them
+        return {key: next((step for step in begins if key in self.phase(step)[1]), begins[-1]) for key in self.losses}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label, box = batch["image"], batch["label"], batch["image_box"]
-        phase: Mapping[str, Any] = next((p for p in self.phases if self.global_step <= p["until"]), {"weights": {}})
-        changed = {key: weight for key, weight in phase["weights"].items() if key in self.losses}
-        weights = {key: w for key, w in (self.loss_weights | changed).items() if w is not None}
+        phase, weights = self.phase(self.global_step)
         terms: dict[str, Tensor] = {}
 
         # one pass of the main view serves the losses, the CAMs of scale 1 and the class token contrast
