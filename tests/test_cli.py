@@ -214,25 +214,6 @@ def test_offline_wandb(tmp_path: Path) -> None:
     assert list((tmp_path / "run").glob("wandb/offline-run-*"))
 
 
-def test_method_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("from wsss.methods.toco import ToCo\n\n\nclass Mine(ToCo):\n    pass\n")
-    for group in ("method", "recipe"):
-        (tmp_path / "conf" / group).mkdir(parents=True)
-    ours = (Path(__file__).parent.parent / "conf/method/toco.yaml").read_text()
-    (tmp_path / "conf/method/mine.yaml").write_text(ours.replace("wsss.methods.toco.ToCo", "mine.Mine"))
-    recipe = "# @package _global_\nmethod: {lr: 0.0123}\n"
-    (tmp_path / "conf/recipe/mine_shapes.yaml").write_text(recipe)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    overrides = [o for o in OVERRIDES if not o.startswith("transform")]
-    given = ["method=mine", "--config-dir", str(tmp_path / "conf"), f"hydra.run.dir={tmp_path / 'run'}"]
-    views = ["+transform._target_=x"]
-    assert call("train", *overrides, *given, *views) == 2  # a class never comes from the command line
-    crop = ["transform=toco", "transform.crop_size=32"]
-    assert call("train", *overrides, *given, *crop) == 0
-    assert "lr: 0.0123" in (tmp_path / "run" / "config.yaml").read_text()
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
