@@ -58,7 +58,7 @@ class COCO(LabelledImages):
             anywhere; None takes the list's own, else root/annotations/instances_{train,val}2014.json. A JSON is
             read once: its labels are kept beside it as <name>.labels.txt where that can be written.
         masks: folder that holds train2014 and val2014, or the masks themselves, in root or anywhere; None takes
-            root/masks, which `build_masks` makes.
+            root/masks, which `wsss-data coco` makes.
     """
 
     def __init__(
