@@ -1,6 +1,7 @@
 """What a user adds without touching the library: the files of CONTRIBUTING.md, as they are printed there."""
 
 import csv
+import doctest
 import json
 import re
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from tiny import OVERRIDES, SHARED, call
 
 import wsss
 from wsss.config import class_named
 from wsss.data.datamodule import DataModule
-from wsss.losses import LOSSES
+from wsss.losses import LOSSES, build
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^`(\S+)`:\n\n```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -91,6 +93,13 @@ def test_in_python_without_configuration(mine: Path) -> None:
     assert trainer.global_step == 2
     trainer.validate(model, data, verbose=False)
     assert 0 <= trainer.callback_metrics["val/cam_best_miou"] <= 1
+
+
+def test_the_example_of_the_loss(mine: Path) -> None:
+    loss = class_named("mine.loss.AreaLoss")
+    (example,) = doctest.DocTestFinder(recurse=False).find(loss, "area", globs={"torch": torch, "build": build})
+    assert len(example.examples) == 2
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_export_format(mine: Path) -> None:
