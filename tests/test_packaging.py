@@ -21,6 +21,8 @@ def test_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"wsss/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
+    for path in (ROOT / "wsss").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
     assert "wsss/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "conf/")) for name in names)

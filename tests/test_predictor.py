@@ -113,4 +113,7 @@ def test_a_method_in_a_plain_trainer(tmp_path: Path) -> None:
     trainer = pl.Trainer(max_steps=2, val_check_interval=2, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     trainer.fit(method, data)
     assert trainer.global_step == 2
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(InputError, match="names no method"):
+        wsss.load(tmp_path / "plain.ckpt")
     assert {"val/map", "val/miou", "train/loss"} <= trainer.callback_metrics.keys()

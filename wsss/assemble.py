@@ -1,5 +1,6 @@
 """From a configuration or a checkpoint to data, method and trainer."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,9 @@ def checkpoint_overrides(arguments: list[str], dataset: bool = True) -> list[str
     # the checkpoints of a sweep share their method and data set, those of the first
     origin = read_checkpoint(given[0], given_directories(arguments))["wsss"]
     asked = given_values(arguments, "method")
-    if asked not in ([], [origin["method"]]):
+    if "method" not in origin and not asked:
+        raise InputError(f"checkpoint {given[0]} was written without wsss-train and names no method: add method=NAME")
+    if "method" in origin and asked not in ([], [origin["method"]]):
         raise InputError(
             f"method={','.join(asked)} was asked for, but checkpoint {given[0]} is of method={origin['method']}: "
             "leave it out"
@@ -201,7 +204,9 @@ def load_method(cfg: DictConfig, checkpoint: Mapping[str, Any], classes: Sequenc
 def built_with(checkpoint: Mapping[str, Any], target: str) -> dict[str, Any]:
     """What a method was built with, says its checkpoint; weights come from there, not from where training started."""
     values = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in ("num_classes", "classes")}
-    return values | dict.fromkeys(class_named(target).start_arguments)
+    method = class_named(target)
+    known = inspect.signature(method).parameters
+    return values | {name: None for name in method.start_arguments if name in known}
 
 
 def restore(

@@ -230,8 +230,18 @@ def instantiate(target: str, values: Mapping[str, Any], key: str, **extra: Any) 
 
 
 def class_named(target: str) -> Any:
-    """The class that conf/ calls by this name."""
-    return hydra.utils.get_object(target)
+    """The class that conf/ calls by this name.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        return hydra.utils.get_object(target)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{target} cannot be imported ({reason}): install its package, or add its folder to PYTHONPATH"
+        ) from error
 
 
 def call_checked(target: Callable[..., Any], values: Mapping[str, Any], key: str, **extra: Any) -> Any:

@@ -142,6 +142,11 @@ def load(
     """
     directories = [str(config_dir)] if config_dir is not None else []
     checkpoint = read_checkpoint(str(path), directories)
+    if "method" not in checkpoint["wsss"]:
+        raise InputError(
+            f"checkpoint {path} was written without wsss-train and names no method: build the method, load its "
+            "state_dict, and make a wsss.predictor.Predictor of it"
+        )
     node = method_option(checkpoint["wsss"]["method"], directories)
     values = {**plain_values(node, "method"), **built_with(checkpoint, node._target_)}
     for name, value in arguments.items():
