@@ -19,7 +19,7 @@ LAYERS = {
     "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report"},
     "predictor": {"assemble", "cam", "config", "data", "refine"},
     "runs": {"config", "writing"},
-    "callbacks": {"writing"},
+    "callbacks": {"report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam"},
     "networks": {"networks", "cam"},
     "losses": {"losses", "lattice", "cam"},

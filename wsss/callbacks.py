@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from wsss import RunError
+from wsss.report.tables import Meter
 from wsss.writing import write_whole
 
 
@@ -81,17 +82,19 @@ class RunLog(pl.Callback):
         self.every = every
         self.evaluated = -1  # the step of the last evaluation
         self.figures: dict[str, float] = {}
+        self.losses: dict[str, float] = {}  # of the last logged step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every == 0:
-            losses = {f"train/loss_{key}": float(term) for key, term in outputs["terms"].items()}
+            self.losses = {key: float(term) for key, term in outputs["terms"].items()}
             # the batch's own loss, which Lightning has divided by the number of batches a step takes
             total = float(outputs["loss"]) * trainer.accumulate_grad_batches
             groups = trainer.optimizers[0].param_groups
-            self.write(trainer, {"train/loss": total} | losses | {f"lr/{i}": g["lr"] for i, g in enumerate(groups)})
+            losses = {"train/loss": total} | {f"train/loss_{key}": value for key, value in self.losses.items()}
+            self.write(trainer, losses | {f"lr/{i}": g["lr"] for i, g in enumerate(groups)})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.evaluated = trainer.global_step
@@ -261,14 +264,46 @@ class WholeCheckpoints(TorchCheckpointIO):
             raise
 
 
-class StepProgress(RichProgressBar):
-    """Progress in optimizer steps with rate and every loss term; there are no epochs to count."""
+class StepProgress(pl.Callback):
+    """Progress in optimizer steps, with the losses of the last logged one, and in batches of an evaluation."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
+    def __init__(self, log: RunLog | None = None) -> None:
+        self.run_log = log
+        self.steps: Meter | None = None
+        self.batches: Meter | None = None
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        return {
-            key.removeprefix("train/loss_").removeprefix("train/"): v for key, v in metrics.items() if key != "v_num"
-        }
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps = Meter("training", trainer.max_steps, "steps", trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        losses = self.run_log.losses if self.run_log is not None else {}
+        if self.steps is not None:
+            self.steps.update(trainer.global_step, " ".join(f"{key} {value:.3g}" for key, value in losses.items()))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.end()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.steps is None:  # two bars would fight for the line
+            self.batches = Meter("evaluating", int(sum(trainer.num_val_batches)), "batches")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.batches is not None:
+            self.batches.update(batch_idx + 1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.steps is None:
+            self.end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.end()
+
+    def end(self) -> None:
+        for meter in (self.steps, self.batches):
+            if meter is not None:
+                meter.close()
+        self.steps = self.batches = None

@@ -13,6 +13,7 @@ from wsss.config import call_checked, extra_directories, plain_values, stored_va
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
     from wsss.assemble import build_trainer, load_method, open_images, quieten, read_checkpoint
+    from wsss.callbacks import StepProgress
     from wsss.data.datamodule import DataModule
     from wsss.report.pictures import save_examples
     from wsss.report.tables import print_figures
@@ -32,7 +33,9 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     write_skipped(out, skipped)
     data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, checkpoint, data.classes)
-    trainer = build_trainer(plain_values(cfg.trainer, "trainer"), logger=False)
+    settings = plain_values(cfg.trainer, "trainer")
+    callbacks = [StepProgress()] if settings["enable_progress_bar"] else []
+    trainer = build_trainer(settings | {"enable_progress_bar": False}, logger=False, callbacks=callbacks)
     trainer.validate(method, data, verbose=False)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)

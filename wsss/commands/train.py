@@ -138,10 +138,14 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(StepProgress())
+        callbacks.append(StepProgress(log))
     trainer = build_trainer(
         settings
-        | {"val_check_interval": interval, "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1},
+        | {
+            "val_check_interval": interval,
+            "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1,
+            "enable_progress_bar": False,  # ours counts steps
+        },
         logger=build(cfg.logger, "logger", save_dir=str(out)) if cfg.logger else False,
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],

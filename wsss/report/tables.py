@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 T = TypeVar("T")
 SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
@@ -51,13 +51,54 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) and value < 10 else "" if value is None else f"{value:.0f}"
 
 
+class Meter:
+    """Progress of one task: on a terminal a bar with rate and time left in one line, elsewhere a plain line at times.
+
+    Args:
+        what: the task, for people.
+        total: how many items there are.
+        unit: what is counted.
+        start: how many are done already.
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "", start: int = 0) -> None:
+        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self.began = self.said = time.perf_counter()
+        self.bar: Progress | None = None
+        if Console().is_terminal:
+            note = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            columns = (TextColumn(what), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), note)
+            self.bar = Progress(*columns, expand=True)
+            self.bar.start()
+            self.task = self.bar.add_task(what, total=total, completed=start, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        """So many items are done; `note` follows on the same line."""
+        seconds = time.perf_counter() - self.began
+        rate = (done - self.start) / max(seconds, 1e-9)
+        shown = f"{rate:.1f}{f' {self.unit}' if self.unit else ''}/s{f'  {note}' if note else ''}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, note=shown)
+        elif seconds + self.began - self.said >= PLAIN_SECONDS:
+            self.said = time.perf_counter()
+            left = f"{(self.total - done) / rate / 60:.0f} min left" if rate else ""
+            print(f"{self.what}: {done}/{self.total}, {shown}, {left}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+PLAIN_SECONDS = 30.0
+"""Between the lines of a task where standard output is no terminal."""
+
+
 def progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """The items under a progress bar with their rate."""
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    started = time.perf_counter()
-    with Progress(*columns) as bar:
-        task = bar.add_task(description, total=total, rate="")
+    """The items, under a meter."""
+    meter = Meter(description, total)
+    try:
         for done, item in enumerate(items, start=1):
             yield item
-            bar.update(task, advance=1, rate=f"{done / (time.perf_counter() - started):.1f}/s")
+            meter.update(done)
+    finally:
+        meter.close()
