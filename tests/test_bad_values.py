@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import OVERRIDES, Ended
 
 Command = Callable[..., Ended]
@@ -99,3 +100,82 @@ def test_sweep_of_four(command: Command, tmp_path: Path) -> None:
     table = ended.out.rpartition("sweep ")[2]
     rows = [[c.strip() for c in line.split("│")[1:3]] for line in table.splitlines() if line.startswith("│")]
     assert rows == [["0", "1"], ["0", "2"], ["0.2", "1"], ["0.2", "2"]]
+
+
+def test_what_a_run_will_not_do_is_said_before_it(command: Command, tmp_path: Path) -> None:
+    late = "method.phases=[{until: 5, weights: {seg: null, ptc: 0}}, {until: 9, weights: {dense_energy: null}}]"
+    overrides = [o for o in OVERRIDES if not o.startswith("method.phases")]
+    ended = command("train", *overrides, late, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert "loss seg takes part from step 6 on, and this run ends at step 2, before that" in ended.out
+    assert "dense_energy" not in ended.out.partition("metric")[0]  # it takes part until step 5
+    assert "loss ptc" not in ended.out
+
+
+def test_a_transform_without_the_views_of_a_method(command: Command, tmp_path: Path) -> None:
+    given = [o for o in OVERRIDES if not o.startswith("transform")] + ["recipe=null"]
+    ended = command("train", *given, "transform=null", f"hydra.run.dir={tmp_path / 'run'}")
+    refused(ended, "global_view", "local_source", "transform=toco")
+    ended = command("train", *given, "transform=null", "method.losses.ctc=null", f"hydra.run.dir={tmp_path / 'run'}")
+    assert "global_view" not in ended.err
+
+
+def test_images_that_the_network_cannot_take(command: Command, tmp_path: Path, photographs: Path) -> None:
+    Image.new("RGB", (80, 1)).save(photographs / "im Urlaub" / "strip.png")
+    labels = photographs / "labels.csv"
+    labels.write_text(labels.read_text(encoding="utf-8") + "\nim Urlaub/strip.png,cat", encoding="utf-8")
+    base = [o for o in OVERRIDES if not o.startswith("dataset.")]
+    given = [*base, "data.eval_batch_size=1", "dataset=folder", f"dataset.root={photographs}", "dataset.val=val.txt"]
+    given += ["method.weights=null", f"hydra.run.dir={tmp_path / 'run'}"]
+    (photographs / "val.txt").write_text("strip.png\nBild 1 (groß)\n", encoding="utf-8")
+    (photographs / "masks").rename(tmp_path / "masks")
+    refused(command("train", *given), "strip.png has 80x1 pixels", "no side below 8")
+    ended = command("train", *given, "on_bad_image=skip")
+    assert ended.code == 0, ended.err
+    assert "strip.png" in (tmp_path / "run/skipped.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y cannot be used (Permission denied)"),
+        (OSError(36, "File name too long"), "run cannot be used (File name too long)"),
+        (OSError(28, "No space left on device", "/x/z"), "cannot write /x/z (No space left on device)"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory (CUDA out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader process has died"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_the_machine_refuses(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    from wsss.methods.toco import ToCo
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ToCo, "training_step", fail)
+    ended = command("train", *OVERRIDES, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 1
+    assert said in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_run_directory_that_cannot_be_made(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = command("train", *OVERRIDES, f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert ended.code == 1
+    assert f"{tmp_path / 'file'}" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "predict"])
+def test_help_says_what_the_command_does(command: Command, name: str) -> None:
+    ended = command(name, "--help")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"wsss-{name}: ")
+    assert all(line.startswith(f"  wsss-{name} ") for line in lines[1:4])
+    assert "method=toco" in ended.out
+    assert "hydra" not in ended.out.lower()

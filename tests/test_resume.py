@@ -243,3 +243,83 @@ def test_killed_while_it_evaluates(tmp_path: Path, step: int) -> None:
         assert call("train", *again) == 0
     assert steps == list(range(step, 6))
     assert compare(tmp_path / "a", tmp_path / "b")[1] == []
+
+
+@pytest.mark.parametrize("broken", ["last.ckpt", "run.json", "metrics.json", "log/metrics.csv", "no log"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 999, b"junk"], ids=["empty", "zeros", "junk"])
+def test_damaged_files_of_a_run(command: Command, tmp_path: Path, broken: str, content: bytes) -> None:
+    """It says which, and goes on with the best that is left."""
+    run = tmp_path / "run"
+    interrupted(*ARGUMENTS, f"hydra.run.dir={run}", step=5)
+    path = run / "checkpoints/last.ckpt" if broken == "last.ckpt" else run / broken
+    if broken == "no log":
+        (run / "log/metrics.csv").unlink()
+    else:
+        path.write_bytes(content)
+    ended = command("train", *ARGUMENTS, f"hydra.run.dir={run}", "resume=auto")
+    assert ended.code == 0, ended.err
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 6
+    assert {"last.ckpt": "going on from best-step", "no log": "rows of earlier steps are lost"}.get(
+        broken, path.name
+    ) in ended.out
+
+
+def test_what_cannot_go_on_says_so(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted(*ARGUMENTS, f"hydra.run.dir={run}", step=5)
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-50])
+    ended = command("train", *ARGUMENTS, f"hydra.run.dir={run}", "resume=auto")
+    assert ended.code == 1
+    assert "cannot go on, since last.ckpt, best-step" in ended.err
+    for content in ("", "a: [", "3"):
+        (run / "config.yaml").write_text(content)
+        ended = command("train", *ARGUMENTS, f"hydra.run.dir={run}", "resume=auto")
+        assert ended.code == 2
+        assert "config.yaml" in ended.err
+        assert "Traceback" not in ended.err
+
+
+def test_a_named_directory_is_not_left_for_a_sibling(command: Command) -> None:
+    runs = Path("outputs/toco_shapes").absolute()
+    interrupted(*ARGUMENTS, f"hydra.run.dir={runs / 'old'}", step=3)
+    ended = command("train", *ARGUMENTS, f"hydra.run.dir={runs / 'new'}", "resume=auto")
+    assert ended.code == 0, ended.err
+    assert (runs / "new/metrics.json").exists()
+    assert not (runs / "old/metrics.json").exists()
+
+
+def test_a_failing_evaluation_costs_no_training(command: Command, tmp_path: Path, photographs: Path) -> None:
+    """It can be made again alone, once what it failed at is mended."""
+    base = [o for o in ARGUMENTS if not o.startswith("dataset.")]
+    run = tmp_path / "run"
+    given = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=0.5"]
+    arguments = [*base, "method.weights=null", "data.eval_batch_size=1", *given, f"hydra.run.dir={run}", "resume=auto"]
+    masks = sorted((photographs / "masks").iterdir())
+    whole = [path.read_bytes() for path in masks]
+    for path in masks:
+        path.write_bytes(b"damaged")
+    ended = command("train", *arguments)
+    assert ended.code == 1
+    assert "what was trained is kept" in ended.err
+    for path, content in zip(masks, whole, strict=True):
+        path.write_bytes(content)
+    for path in (*masks, *photographs.rglob("*.JPG")):
+        os.utime(path, ns=(1, 1))
+    (run / "run.json").unlink()  # which knows when the masks were written
+    ended = command("train", *arguments)
+    assert ended.code == 0, ended.err
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 6
+
+
+def test_pictures_that_fail_cost_no_figures(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wsss.methods.base import WSSSModule
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(WSSSModule, "illustrate", fail)
+    ended = command("train", *ARGUMENTS, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 1
+    assert "is complete, but for its pictures" in ended.err
+    assert (tmp_path / "run/metrics.json").exists()

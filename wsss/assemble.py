@@ -29,6 +29,7 @@ from wsss.config import (
 )
 from wsss.data.base import Images, ImageSubset, PlainImages, inspect_items
 from wsss.data.datamodule import DataModule
+from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit
 from wsss.refine.crf import dense_crf
@@ -42,7 +43,11 @@ if TYPE_CHECKING:
 
 def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
     """The data module of a composed configuration, and a sentence for each image that it leaves out."""
-    transform = build(cfg.transform, "transform") if cfg.transform else None
+    transform: Transform | None = None
+    if cfg.transform is not None:
+        # a method without a transform of its own has the default one, of which values may be set
+        views = plain_values(cfg.transform, "transform")
+        transform = instantiate(cfg.transform.get("_target_", "wsss.data.transforms.FlipCrop"), views, "transform")
     settings, values = plain_values(cfg.data, "data"), plain_values(cfg.dataset, "dataset")
     (train, bad), (val, more) = (
         open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, settings["num_workers"])
@@ -87,6 +92,21 @@ def build_method(cfg: DictConfig, data: DataModule) -> "Stage":
     if not data.has_background:
         method.without_background()
     return method
+
+
+def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Images, list[str]]:
+    """Images to evaluate on without those that the network cannot take, and a sentence for each of these.
+
+    Raises:
+        InputError: there are some and `on_bad_image` is not skip, or there are no others.
+    """
+    small = images.too_small(method.smallest_side)
+    if not small:
+        return images, []
+    first, more = next(iter(small.values())), f" ({len(small)} images in all)" if len(small) > 1 else ""
+    if on_bad_image != "skip" or len(small) == len(images):
+        raise InputError(f"{first}{more}: enlarge it, leave it out, or evaluate with on_bad_image=skip")
+    return ImageSubset(images, [index for index in range(len(images)) if index not in small]), list(small.values())
 
 
 def build_protocol(values: Mapping[str, Any]) -> Protocol:

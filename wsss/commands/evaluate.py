@@ -12,7 +12,7 @@ from wsss.config import call_checked, extra_directories, plain_values, stored_va
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
-    from wsss.assemble import build_trainer, load_method, open_images, quieten, read_checkpoint
+    from wsss.assemble import build_trainer, fit_sizes, load_method, open_images, quieten, read_checkpoint
     from wsss.callbacks import StepProgress
     from wsss.data.datamodule import DataModule
     from wsss.report.pictures import save_examples
@@ -30,9 +30,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     val, skipped = open_images(cfg.dataset._target_, values, "val", cfg.on_bad_image, cfg.data.num_workers)
     if val is None:
         raise InputError("the data set names no images to evaluate on: add dataset.val=all, a list or a fraction")
-    write_skipped(out, skipped)
     data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, checkpoint, data.classes)
+    data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
+    write_skipped(out, [*skipped, *small])
     settings = plain_values(cfg.trainer, "trainer")
     callbacks = [StepProgress()] if settings["enable_progress_bar"] else []
     trainer = build_trainer(settings | {"enable_progress_bar": False}, logger=False, callbacks=callbacks)

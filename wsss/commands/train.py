@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     """
     import pytorch_lightning as pl
 
-    from wsss.assemble import build_data, build_method
+    from wsss.assemble import build_data, build_method, fit_sizes
 
     choices = HydraConfig.get().runtime.choices
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -96,6 +96,9 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     if data.val is None:
         print(f"{choices['dataset']} names no images to evaluate on: evaluation is left out")
     method = build_method(cfg, data)
+    if data.val is not None:
+        data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
+        skipped += small
     if missing := [view for view in method.views if view not in data.first_item()]:
         raise InputError(
             f"{choices['method']} learns from the views {', '.join(missing)}, which transform="

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from wsss import InputError
-from wsss.data.files import first_names, read_image, read_truth
+from wsss.data.files import first_names, image_size, read_image, read_truth
 
 T = TypeVar("T")
 
@@ -50,6 +50,10 @@ class Images(Dataset[dict[str, Any]], ABC):
     def ids(self) -> Sequence[str]:
         """Of all items, known without opening any: numbers, unless a data set says otherwise."""
         return [str(index) for index in range(len(self))]
+
+    def too_small(self, side: int) -> dict[int, str]:
+        """By index a sentence about each image with a side of fewer pixels, as far as files tell without decoding."""
+        return {}
 
     @property
     def has_labels(self) -> bool:
@@ -110,6 +114,14 @@ class LabelledImages(Images):
             item["mask"] = read_truth(self.masks[index], image, len(self.classes))
         return item
 
+    def too_small(self, side: int) -> dict[int, str]:
+        sizes = {index: image_size(path) for index, path in enumerate(self.images)} if side > 1 else {}
+        return {
+            index: f"{self.images[index]} has {size[0]}x{size[1]} pixels, and the network takes no side below {side}"
+            for index, size in sizes.items()
+            if size is not None and min(size) < side
+        }
+
     @property
     def has_labels(self) -> bool:
         return bool(self.labels.any())
@@ -148,6 +160,10 @@ class ImageSubset(Images):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self.indices[index]]
+
+    def too_small(self, side: int) -> dict[int, str]:
+        found = self.source.too_small(side) if isinstance(self.source, Images) else {}
+        return {place: found[index] for place, index in enumerate(self.indices) if index in found}
 
     @property
     def has_labels(self) -> bool:

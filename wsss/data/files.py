@@ -69,6 +69,15 @@ def read_image(path: PathLike) -> np.ndarray:
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
+def image_size(path: PathLike) -> tuple[int, int] | None:
+    """Width and height as stored, from the file's header; None where that cannot be read."""
+    try:
+        with reading(path, "an image", "replace it"), open(path, "rb") as file, Image.open(file) as image:
+            return image.size
+    except InputError:  # reading the whole image will say it
+        return None
+
+
 def read_mask(path: PathLike) -> np.ndarray:
     """Reads class ids, uint8 (H, W), from a palette or grey image of 1, 8 or 16 bits; colours are refused."""
     with reading(path, "a mask", "replace it, or take it out of the list"), Image.open(path) as image:

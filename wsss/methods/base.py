@@ -1,5 +1,6 @@
 """What the methods that localise classes by activation maps share beside `Stage`. No training logic."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ class WSSSModule(Stage):
             InputError: the names are this method's, but something is missing or does not fit; `path` names the file.
         """
         return None
+
+    def least_side(self, cell: int) -> int:
+        """Of an image that has a cell of so many pixels at all scales of its CAMs and of the protocol."""
+        return math.ceil(cell / min(1.0, *self.cam_scales, *self.protocol.scales))
 
     def without_background(self) -> None:
         super().without_background()

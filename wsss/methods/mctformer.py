@@ -132,6 +132,10 @@ class MCTformer(WSSSModule):
         self.locate = MAPS[map_type]
         self.rate = warmup_cosine(epochs, lr, min_lr, warmup_lr, warmup_epochs)
 
+    @property
+    def smallest_side(self) -> int:
+        return self.least_side(self.encoder.patch_size)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
         tokens = self.encoder(batch["image"])

@@ -107,6 +107,11 @@ class Stage(pl.LightningModule):
         return ("image",)
 
     @property
+    def smallest_side(self) -> int:
+        """Of an image that the network can take, in pixels."""
+        return 1
+
+    @property
     def loss_starts(self) -> dict[str, int]:
         """The optimizer steps from which the loss terms take part."""
         return dict.fromkeys(self.losses, 0)

@@ -192,6 +192,10 @@ class ToCo(WSSSModule):
         begins = [0, *(phase["until"] + 1 for phase in self.phases)]  # of the phases, and of what follows them
         return {key: next((step for step in begins if key in self.phase(step)[1]), begins[-1]) for key in self.losses}
 
+    @property
+    def smallest_side(self) -> int:
+        return self.least_side(self.encoder.patch_size)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label, box = batch["image"], batch["label"], batch["image_box"]
         phase, weights = self.phase(self.global_step)
