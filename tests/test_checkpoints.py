@@ -13,7 +13,14 @@ from wsss.methods.toco import ToCo
 
 ARGUMENTS = {
     "num_classes": 3,
-    "backbone_args": {"embed_dim": 12, "depth": 2, "patch_size": 8, "img_size": 24, "mlp_ratio": 2.0},
+    "backbone_args": {
+        "embed_dim": 12,
+        "depth": 2,
+        "patch_size": 8,
+        "img_size": 24,
+        "mlp_ratio": 2.0,
+        "num_heads": None,
+    },
     "decoder_channels": 5,
     "projector": {"hidden": 7, "bottleneck": 6, "out": 9},
 }

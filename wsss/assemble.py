@@ -31,7 +31,7 @@ from wsss.data.base import Images, ImageSubset, PlainImages, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
-from wsss.networks.weights import misfit
+from wsss.networks.weights import misfit, why_unreadable
 from wsss.refine.crf import dense_crf
 from wsss.report.tables import progress
 
@@ -87,10 +87,16 @@ def inspect_all(images: Images, what: str, num_workers: int) -> tuple[dict[int, 
 
 def build_method(cfg: DictConfig, data: DataModule) -> "Stage":
     """The method of a composed configuration, for the classes of a data module, to be trained."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     method: Stage = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
     method.protocol = build_protocol(plain_values(cfg.protocol, "protocol"))
     if not data.has_background:
         method.without_background()
+    tell = rank_zero_only(print)
+    for weights in method.loaded:
+        tell(f"loaded {weights}")
+    tell(f"images are normalised with mean {tuple(method.mean)} and standard deviation {tuple(method.std)}")
     return method
 
 
@@ -147,10 +153,15 @@ def read_checkpoint(path: str, directories: Sequence[str] = ()) -> dict[str, Any
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path} does not exist: give the .ckpt file of a run, e.g. checkpoints/last.ckpt")
+    if Path(path).suffix == ".params":
+        raise InputError(
+            f"checkpoint {path} holds ImageNet weights of MXNet, no trained method: train from it with "
+            f"method.weights={path}"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]  # without torch's advice
+        reason = why_unreadable(error, path)
         raise InputError(f"checkpoint {path} cannot be read as a file of tensors and plain values: {reason}") from error
     inner = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(inner, dict) and inner and all(isinstance(value, Tensor) for value in inner.values()):
@@ -242,6 +253,13 @@ def restore(
         InputError: other classes than `classes`, values that do not fit the class, weights that do not fit the values.
     """
     origin, count = checkpoint["wsss"], checkpoint["hyper_parameters"]["num_classes"]
+    sizes = values.get("backbone_args") or {}
+    # in a file of wsss-train null is the backbone's own number
+    if "classes" not in origin and sizes.get("num_heads", 1) is None:
+        raise InputError(
+            f"checkpoint {path} holds a transformer of width {sizes['embed_dim']}, which no published one has, and no "
+            "tensor tells the number of its attention heads: give method.backbone_args.num_heads=N"
+        )
     # a checkpoint of a paper's own code does not name its classes
     known = tuple(origin.get("classes") or (classes if classes and len(classes) == count else map(str, range(count))))
     if classes is not None and tuple(classes) != known:

@@ -188,7 +188,7 @@ def test_official_files_tell_their_version(tmp_path: Path, version: str) -> None
     checkpoint = read_checkpoint(str(path))
     assert checkpoint["wsss"]["method"] == version
     assert checkpoint["hyper_parameters"]["backbone_args"] == {
-        "embed_dim": 24, "depth": 3, "patch_size": 8, "img_size": 32, "mlp_ratio": 4.0,
+        "embed_dim": 24, "depth": 3, "patch_size": 8, "img_size": 32, "mlp_ratio": 4.0, "num_heads": None,
     }  # fmt: skip
     assert all(torch.equal(tensor, method.state_dict()[name]) for name, tensor in checkpoint["state_dict"].items())
     assert checkpoint["state_dict"].keys() == method.state_dict().keys()

@@ -1,7 +1,6 @@
 """ResNet38: what learns, what stays, sizes; its weights from files of MXNet and PyTorch; the head of SEAM and PPC."""
 
 import hashlib
-import logging
 import struct
 import warnings
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from wsss.networks.resnet38 import (
     IMAGENET_MD5,
     ResNet38,
     SEAMHead,
-    load_weights,
     mxnet_name,
     propagate,
     strongest_class,
@@ -224,15 +222,11 @@ def mxnet_arrays() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("magic", [LEGACY, V1, V2])
-def test_params_import_exactly(
-    mxnet_arrays: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture, magic: int
-) -> None:
+def test_params_import_exactly(mxnet_arrays: dict[str, Tensor], tmp_path: Path, magic: int) -> None:
     content = written(mxnet_arrays, magic)
     network, path = ResNet38(width=WIDTH), saved(content, tmp_path)
-    with caplog.at_level(logging.INFO):
-        md5 = load_weights(network, path)
-    assert md5 == hashlib.md5(content).hexdigest()
-    assert caplog.messages == [f"191 of 191 tensors read from {path} (md5 {md5})"]
+    digest = hashlib.sha256(content).hexdigest()
+    assert network.load(path) == f"191 of 191 tensors of {path} (sha256 {digest})"
     for name, tensor in tensors(network).items():
         assert torch.equal(tensor, mxnet_arrays[mxnet_name(name)]), name
     assert torch.equal(ResNet38(path, width=WIDTH).bn7.running_var, network.bn7.running_var)
@@ -318,7 +312,7 @@ def test_the_wrong_model_is_refused_by_name(mxnet_arrays: dict[str, Tensor], tmp
     path, network = saved(written(arrays), tmp_path), ResNet38(width=WIDTH)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(InputError, match=r"lacks arg:res7a_branch2a_weight, .*\(4 in all\); .*" + IMAGENET_MD5):
-        load_weights(network, path)
+        network.load(path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
@@ -343,6 +337,8 @@ def test_released_files_with_heads(tmp_path: Path, prefix: str, old: bool) -> No
         ({"b5.conv_branch1.weight": None}, r"it lacks b5\.conv_branch1\.weight \(1 in all\); "),
         ({"bn7.bias": torch.zeros(3)}, r"another shape for bn7\.bias \(1 in all\); "),
         ({"bn7.bias": torch.zeros(64 * WIDTH, dtype=torch.long)}, r"no float weights .* bn7\.bias \(1 in all\); "),
+        ({"bn7.bias": torch.full((64 * WIDTH,), torch.nan)}, r"has NaN or infinite values in bn7\.bias \(1 in all\); "),
+        ({"b8.conv_branch1.weight": torch.zeros(1)}, r"has unknown b8\.conv_branch1\.weight \(1 in all\); "),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, change: dict[str, Tensor | None], said: str) -> None:

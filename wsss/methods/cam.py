@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from wsss import InputError
 from wsss.cam import by_max
-from wsss.methods.base import WSSSModule
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.cnn import CNN
+from wsss.networks.resnet38 import compare_released, with_counters
 from wsss.optim import sgd_poly
 
 
@@ -18,7 +20,7 @@ class CAM(WSSSModule):
     """A convolutional classifier whose last layer, applied to every position, gives the maps.
 
     With ResNet38 this is the first stage of PSA (Ahn and Kwak, CVPR 2018), on which SEAM, PPC and the networks of
-    KAIST build.
+    KAIST build. Images are normalised as timm's weights expect it, otherwise with ImageNet's mean.
 
     Args:
         num_classes: C, foreground classes only.
@@ -61,6 +63,7 @@ class CAM(WSSSModule):
         super().__init__(num_classes, classes, background_threshold, cam_scales, losses, ("cls",))
         self.save_hyperparameters()
         self.backbone = CNN(backbone, weights, backbone_args)
+        self.mean, self.std = self.backbone.normalisation or (self.mean, self.std)
         self.dropout = nn.Dropout2d(dropout)
         self.fc8 = nn.Conv2d(self.backbone.channels, num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
@@ -78,3 +81,24 @@ class CAM(WSSSModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
         return sgd_poly(self, [self.fc8], self.total_steps, **settings)
+
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """PSA's `res38_cls.pth`: a ResNet38 and its classifier; it tells `num_classes` and the width."""
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if "conv1a.weight" not in state or "f9.weight" in state:  # that of SEAM, PPC and AffinityNet
+            return None
+        if not any(name.startswith(("fc", "f8_")) for name in state):
+            raise InputError(
+                f"checkpoint {path} holds the weights of a ResNet38 without a classifier, nothing to evaluate: train "
+                f"from it with method.weights={path}"
+            )
+        said, sizes = compare_released(state, {"fc8.weight": "classes conv6 1 1"})
+        if said:
+            raise InputError(
+                f"checkpoint {path} looks like PSA's classifier on ResNet38, but it {said}; give res38_cls.pth, or a "
+                "checkpoint of wsss-train"
+            )
+        ours = {name if name == "fc8.weight" else f"backbone.body.{name}": tensor for name, tensor in state.items()}
+        values = {"num_classes": sizes["classes"], "backbone": "resnet38", "backbone_args": {"width": sizes["width"]}}
+        return OfficialCheckpoint("cam", with_counters(ours), values)

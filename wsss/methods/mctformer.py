@@ -180,7 +180,7 @@ class MCTformer(WSSSModule):
 
     @classmethod
     def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
-        """A checkpoint of V1, V2 or +; it tells `num_classes` and `backbone_args` but for the number of heads."""
+        """A checkpoint of V1, V2 or +; it tells `num_classes` and `backbone_args`, see `vit_arguments`."""
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if "cls_token" not in state:
             return None

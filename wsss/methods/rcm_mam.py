@@ -19,7 +19,7 @@ from wsss.cam import by_max, resize
 from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
-from wsss.networks.weights import misfit, read_state_dict
+from wsss.networks.weights import misfit, read_content, state_dict_of
 from wsss.optim import sgd_poly, update_average
 from wsss.refine.thresholds import cam_to_label
 
@@ -127,6 +127,7 @@ class RCMMAM(WSSSModule):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}: expected 0 to 1")
         self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args)
+        self.mean, self.std = self.main.backbone.normalisation or (self.mean, self.std)
         self.prototype_rules: dict[str, Callable[[Tensor], Tensor]] = {
             "mean": mean_prototypes,
             "loo": leave_one_out_prototypes,
@@ -140,18 +141,21 @@ class RCMMAM(WSSSModule):
             self.start_from(init_checkpoint)
 
     def start_from(self, path: str) -> None:
-        """Both networks' weights from a checkpoint of this method.
+        """Both networks' weights, and how their images are normalised, from a checkpoint of this method.
 
         Raises:
             InputError: it cannot be read, or is of another network.
         """
-        state = read_state_dict(path)
+        content = read_content(path)
+        state = state_dict_of(content, path)
         for name in ("main", "support"):
             own = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
             network: nn.Module = getattr(self, name)
             if said := misfit(network.state_dict(), own):
                 raise InputError(f"init_checkpoint {path} does not fit this network ({name}.*): it {said}")
             network.load_state_dict(own)
+        if isinstance(origin := content.get("wsss"), dict):
+            self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
 
     def train(self, mode: bool = True) -> "RCMMAM":
         """The support network stays in evaluation mode."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from wsss import InputError
 from wsss.cam import inference_norm
 from wsss.losses.seam import view_cam
-from wsss.methods.base import WSSSModule
-from wsss.networks.resnet38 import ResNet38, SEAMHead
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
+from wsss.networks.resnet38 import ResNet38, SEAMHead, compare_released, with_counters
 from wsss.optim import sgd_poly
 
 
@@ -119,6 +119,35 @@ class SEAM(WSSSModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
         return sgd_poly(self, [self.head], self.total_steps, **settings)
+
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """`resnet38_SEAM.pth`, or PPC's file, which also has `fc_proj`; it tells `num_classes` and the widths."""
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if not {"conv1a.weight", "f9.weight"} <= state.keys():
+            return None
+        option = "ppc" if "fc_proj.weight" in state else "seam"
+        heads = OFFICIAL_HEADS | ({"fc_proj.weight": "projection conv6 1 1"} if option == "ppc" else {})
+        said, sizes = compare_released(state, heads)
+        if said:
+            raise InputError(
+                f"checkpoint {path} looks like one of SEAM or PPC (method={option}), but it {said}; give "
+                "resnet38_SEAM.pth or the file of PPC on it, or a checkpoint of wsss-train"
+            )
+        ours = {f"{'head' if name in heads else 'backbone'}.{name}": tensor for name, tensor in state.items()}
+        values: dict[str, Any] = {"num_classes": sizes["maps"] - 1, "backbone_args": {"width": sizes["width"]}}
+        if option == "ppc":
+            values["projection"] = sizes["projection"]
+        return OfficialCheckpoint(option, with_counters(ours), values)
+
+
+OFFICIAL_HEADS = {
+    "fc8.weight": "maps conv6 1 1",
+    "f8_3.weight": "64 conv4 1 1",
+    "f8_4.weight": "128 conv5 1 1",
+    "f9.weight": "192 195 1 1",
+}
+"""Names and shapes of what a released file holds beside the body; one of the maps is that of the background."""
 
 
 def up_sample(maps: Tensor, image: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class Stage(pl.LightningModule):
         self.has_background = False
 
     @property
+    def loaded(self) -> list[str]:
+        """From which weights the networks in here started, each told once; none where all are random."""
+        told = (getattr(module, "loaded", None) for module in self.modules() if module is not self)
+        return list(dict.fromkeys(filter(None, told)))
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training, which schedules divide."""
         return int(self.trainer.estimated_stepping_batches)
@@ -137,5 +143,5 @@ class Stage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
-        images["has_background"] = self.has_background
+        images |= {"has_background": self.has_background, "loaded": self.loaded}
         checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin

@@ -305,7 +305,7 @@ class ToCo(WSSSModule):
     def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
         """A checkpoint `model_iter_<n>.pth`; of what it should hold only the ImageNet head may be absent.
 
-        It tells `num_classes`, `backbone_args` but for the number of heads, `decoder_channels` and `projector`.
+        It tells `num_classes`, `backbone_args` (see `vit_arguments`), `decoder_channels` and `projector`.
         """
         if not any(name.removeprefix("module.").startswith(("encoder.", "proj_head")) for name in state):
             return None

@@ -14,6 +14,8 @@ from wsss.networks.vit import create_timm
 class CNN(nn.Module):
     """Last features (B, channels, h, w) of `resnet38` (output stride 8) or of a convolutional network of timm.
 
+    `normalisation` is the mean and the standard deviation that timm's weights were made with, where there are any.
+
     Args:
         backbone: `resnet38` or a timm name.
         weights: None; of ResNet38 see there; else a timm tag, or a `.pth` or `.safetensors` file.
@@ -30,12 +32,15 @@ class CNN(nn.Module):
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
         self.body: nn.Module
         self.channels: int
+        self.normalisation: tuple[Any, Any] | None = None
         if backbone == "resnet38":
             self.body = body = ResNet38.build(weights, given)
-            self.channels = body.channels[-1]
+            self.channels, self.loaded = body.channels[-1], body.loaded
             return
-        self.body = network = create_timm(backbone, weights, given | {"global_pool": ""})
-        settings: Any = network.pretrained_cfg
+        self.body, self.loaded = create_timm(backbone, weights, given | {"global_pool": ""})
+        settings: Any = self.body.pretrained_cfg
+        if weights is not None:
+            self.normalisation = tuple(settings["mean"]), tuple(settings["std"])
         size = settings["input_size"]  # a transformer takes no other
         with torch.no_grad():
             shape = self.eval()(torch.zeros(1, *size)).shape

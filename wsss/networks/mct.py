@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.networks.vit import create_vit
-from wsss.networks.weights import is_file, read_state_dict
+from wsss.networks.weights import is_file, read_state_dict, without_prefixes
 
 
 class JointPosition(nn.Module):
@@ -121,7 +121,7 @@ class MCTEncoder(nn.Module):
         # at the weights' own size, so that the table is resized by MCTformer's rule and not by timm's
         size = given.pop("img_size", None)
         own_size = {"img_size": _trained_size(weights)} if weights is not None and is_file(weights) else {}
-        vit = create_vit(backbone, weights, given | own_size)
+        vit, self.loaded = create_vit(backbone, weights, given | own_size)
         assert vit.cls_token is not None  # create_vit has seen to it
         assert vit.pos_embed is not None
         self.embed_dim: int = vit.embed_dim
@@ -176,7 +176,8 @@ class MCTEncoder(nn.Module):
 
 def _trained_size(path: str) -> int:
     """Side in pixels of the images that the position table of a file of ImageNet weights is made for."""
-    state = read_state_dict(path)
+    content = read_state_dict(path)
+    state = next((state for state in without_prefixes(content) if "pos_embed" in state), content)
     table, filters = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if table is None or filters is None or table.ndim != 3 or filters.ndim != 4:
         raise InputError(

@@ -1,10 +1,8 @@
 """ResNet38, the wide residual network of this field, its ImageNet weights, and the head of SEAM and PPC."""
 
-import hashlib
 import inspect
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.networks.mxnet import read_params
 from wsss.networks.vit import TINY_PARAMETERS
-from wsss.networks.weights import describe_misfit, read_state_dict
+from wsss.networks.weights import COUNTER, compare_layout, load_weights, read_state_dict
 
 IMAGENET_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
 IMAGENET_MD5 = "ff21f45d6bf03284100dcbec571edfad"
@@ -23,6 +21,9 @@ IMAGENET_MD5 = "ff21f45d6bf03284100dcbec571edfad"
 
 STAGES = {2: (3, 2, 2, 2, 1), 3: (3, 4, 4, 2, 1), 4: (6, 8, 8, 2, 1), 5: (3, 8, 16, 1, 2)}
 """Blocks, inner and outer channels in units of the width, stride of the first block, dilation."""
+
+HEADS = ("fc", "f8_", "f9.", "bn8.", "arg:linear1000_")
+"""How the names begin of what released files hold beside the body."""
 
 BATCH_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
 """PyTorch's names -> MXNet's."""
@@ -147,9 +148,8 @@ class ResNet38(nn.Module):
         for module in self._frozen():
             module.requires_grad_(False)
         self.train()
-        if weights is not None:
-            load_weights(self, weights)
-        elif frozen_stages or sum(p.numel() for p in self.parameters()) > TINY_PARAMETERS:
+        self.loaded = None if weights is None else self.load(weights)
+        if weights is None and (frozen_stages or sum(p.numel() for p in self.parameters()) > TINY_PARAMETERS):
             warnings.warn(
                 f"ResNet38 starts from random weights, and {frozen_stages} frozen stages keep them: "
                 f"set method.weights to {IMAGENET_FILE} or a .pth file",
@@ -168,6 +168,30 @@ class ResNet38(nn.Module):
         if unknown := given.keys() - known:
             raise InputError(f"backbone_args.{min(unknown)}: resnet38 takes {', '.join(known)}")
         return cls(weights, **given)
+
+    def load(self, path: str) -> str:
+        """Load all weights of the body from a file and say which, see `networks.weights.load_weights`.
+
+        Args:
+            path: MXNet's `.params` file, or a file of PyTorch tensors under the body's own names (PSA, SEAM, KAIST).
+
+        Raises:
+            InputError: the file is missing, damaged or of another network; the first names of each kind are given.
+        """
+        theirs: dict[str, str] = {}
+        if Path(path).suffix == ".params":
+            theirs = {name: mxnet_name(name) for name in self.state_dict() if not name.endswith(COUNTER)}
+        ours = {name: own for own, name in theirs.items()}
+        return load_weights(
+            self,
+            f"this ResNet38 of width {self.conv1a.out_channels}",
+            path,
+            read_params(path) if theirs else read_state_dict(path),
+            lambda state: {ours.get(name, name): tensor for name, tensor in state.items()},
+            HEADS,
+            lambda name: theirs.get(name, name),
+            f"for width 64 give {IMAGENET_FILE} (model A1, md5 {IMAGENET_MD5}) or res38_cls.pth",
+        )
 
     def _frozen(self) -> Iterator[nn.Module]:
         for name, module in self.named_modules():
@@ -206,43 +230,32 @@ def mxnet_name(name: str) -> str:
     return f"{'aux' if parameter.startswith('moving') else 'arg'}:{layer}_{parameter}"
 
 
-def load_weights(network: ResNet38, path: str) -> str:
-    """Load all weights of the body from a file and log how many; what else it holds, e.g. heads, is left alone.
+def compare_released(state: Mapping[str, Tensor], heads: Mapping[str, str]) -> tuple[str, dict[str, int]]:
+    """How a released file differs from a ResNet38 with these heads, in words, and the sizes it tells.
 
     Args:
-        network: the body.
-        path: MXNet's `.params` file, or a file of PyTorch tensors under the body's own names (PSA, SEAM, KAIST),
-            with or without `module.` before them. Files older than `num_batches_tracked` are fine.
+        state: tensors by name, with `conv1a.weight` among them.
+        heads: names and shapes as `compare_layout` takes them; `conv4`, `conv5` and `conv6` stand for the channels.
 
     Returns:
-        The md5 of the file.
-
-    Raises:
-        InputError: the file is missing, damaged or of another network; the first names of each kind are given.
+        Empty where it does not differ; `width` and what the heads name.
     """
-    theirs: Callable[[str], str] = str
-    if Path(path).suffix == ".params":
-        content, theirs = read_params(path), mxnet_name
-    else:
-        content = {name.removeprefix("module."): tensor for name, tensor in read_state_dict(path).items()}
-    with Path(path).open("rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest()
-    body = {name: t for name, t in network.state_dict().items() if not name.endswith(".num_batches_tracked")}
-    found = {name: content[theirs(name)] for name in body if theirs(name) in content}
-    faults = {
-        "lacks": [name for name in body if name not in found],
-        "has no float weights or another shape for": [
-            name for name, t in found.items() if not t.is_floating_point() or t.shape != body[name].shape
-        ],
-    }
-    if said := describe_misfit(faults, theirs):
-        raise InputError(
-            f"weights file {path} (md5 {md5}) does not fit this ResNet38 of width {network.conv1a.out_channels}: it "
-            f"{said}; for width 64 give {IMAGENET_FILE} (model A1, md5 {IMAGENET_MD5}) or res38_cls.pth"
-        )
-    network.load_state_dict(found, strict=False)
-    logging.getLogger(__name__).info("%d of %d tensors read from %s (md5 %s)", len(found), len(body), path, md5)
-    return md5
+    width = min(max((*state["conv1a.weight"].shape, 1)[0], 1), 1024)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body = ResNet38(width=width)
+    layout = {name: " ".join(map(str, tensor.shape)) for name, tensor in body.state_dict().items()}
+    layout = {name: axes for name, axes in layout.items() if not name.endswith(COUNTER)} | dict(heads)
+    given = {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
+    sizes = {"width": width, **dict(zip(("conv4", "conv5", "conv6"), body.channels, strict=True))}
+    return compare_layout(given, layout, sizes=sizes)
+
+
+def with_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as floats, and for every batch norm the counter that files older than PyTorch 0.4.1 lack."""
+    counters = {name.removesuffix(".running_mean") + COUNTER for name in state if name.endswith(".running_mean")}
+    weights = {name: tensor.float() for name, tensor in state.items() if name not in counters}
+    return weights | {name: torch.tensor(0) for name in counters}
 
 
 class SEAMOutput(NamedTuple):

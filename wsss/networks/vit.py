@@ -1,5 +1,6 @@
 """Plain vision transformers on timm, with the tokens of an intermediate block."""
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.networks.weights import is_file, read_state_dict
+from wsss.networks.weights import HEADS, is_file, load_weights, read_state_dict
 
 TINY_PARAMETERS = 6_000_000
 """A little more than a ViT-Ti: what learns from random weights on a data set of this field's size."""
@@ -52,7 +53,7 @@ class ViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
-        self.vit = create_vit(backbone, weights, given)
+        self.vit, self.loaded = create_vit(backbone, weights, given)
         depth = len(self.vit.blocks)
         if not -depth <= aux_layer < depth:
             raise InputError(
@@ -98,9 +99,9 @@ def _grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens[:, 1:].transpose(1, 2).unflatten(2, size)
 
 
-def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) -> VisionTransformer:
-    """timm's model without its head; see `ViTEncoder` for the arguments and errors."""
-    model = create_timm(backbone, weights, arguments)
+def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) -> tuple[VisionTransformer, str | None]:
+    """`create_timm` of a plain vision transformer; see `ViTEncoder` for the arguments and errors."""
+    model, loaded = create_timm(backbone, weights, arguments)
     if not isinstance(model, VisionTransformer) or model.cls_token is None or model.num_prefix_tokens != 1:
         raise InputError(f"backbone {backbone!r} is not a plain vision transformer with one class token")
     if weights is None and sum(p.numel() for p in model.parameters()) > TINY_PARAMETERS:
@@ -109,11 +110,11 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
             "alone; set method.weights to a timm tag or a file",
             stacklevel=3,
         )
-    return model
+    return model, loaded
 
 
-def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module:
-    """A timm model without its head.
+def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -> tuple[nn.Module, str | None]:
+    """A timm model without its head, and in words which weights it has; None for random ones.
 
     Args:
         backbone: its name, without a tag.
@@ -126,27 +127,47 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
     if not timm.is_model(backbone):
         near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224, resnet50"
         raise InputError(f"unknown backbone {backbone!r}: give the name of a timm model, e.g. {near}")
-    settings: dict[str, Any] = {"num_classes": 0, **arguments}
-    if weights is not None and is_file(weights):
-        settings |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
-        source = f"weights file {weights}"
-    elif weights is not None:
-        known = [name.split(".", 1)[1] for name in timm.list_models(f"{backbone}.*", pretrained=True)]
-        if weights not in known:
-            listed = ", ".join(known) or "none"
-            raise InputError(
-                f"weights {weights!r} is neither a .pth or .safetensors file nor a timm tag of {backbone} ({listed})"
-            )
-        backbone, source = f"{backbone}.{weights}", f"timm weights {backbone}.{weights}"
-        settings["pretrained"] = True
+    tag = None if weights is None or is_file(weights) else weights
+    known = [name.split(".", 1)[1] for name in timm.list_models(f"{backbone}.*", pretrained=True)]
+    if tag is not None and tag not in known:
+        raise InputError(
+            f"weights {tag!r} is neither a .pth or .safetensors file nor a timm tag of {backbone}, which has "
+            f"{', '.join(known) or 'none'}: give one of these, or start without by method.weights=null"
+        )
+    source = f"timm weights {backbone}.{tag}"
     try:
-        return timm.create_model(backbone, **settings)
+        if tag is None:
+            model: Any = timm.create_model(backbone, **{"num_classes": 0, **arguments})
+        else:
+            # timm is strict about its weights only where the head is theirs too
+            others = {name: value for name, value in arguments.items() if name not in ("num_classes", "global_pool")}
+            model = timm.create_model(f"{backbone}.{tag}", pretrained=True, **others)
+            model.reset_classifier(arguments.get("num_classes", 0), arguments.get("global_pool"))
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        unfit = f"backbone_args {arguments}" if weights is None or isinstance(error, TypeError) else source
+        unfit = f"backbone_args {arguments}" if tag is None or isinstance(error, TypeError) else source
         raise InputError(f"{unfit} does not fit {backbone}: {reason}") from error
     except OSError as error:  # the hub cannot be reached, or the file is not in its cache
         raise InputError(
             f"{source} could not be downloaded ({type(error).__name__}): pass method.weights=FILE with a local .pth "
             "or .safetensors file, or method.weights=null for random weights"
         ) from error
+    if weights is not None and tag is None:
+        return model, load_timm(model, backbone, weights)
+    return model, None if tag is None else f"all tensors of {source}"
+
+
+def load_timm(model: Any, backbone: str, path: str) -> str:
+    """`load_weights` of a timm model, converted as timm does: position table and patches resized, names translated."""
+    module = sys.modules[timm.model_entrypoint(backbone).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)  # timm's convention
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    return load_weights(
+        model,
+        f"{backbone} without its head",
+        path,
+        read_state_dict(path),
+        dict if convert is None else lambda state: convert(state, model),
+        HEADS + heads,
+    )

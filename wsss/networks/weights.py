@@ -1,15 +1,29 @@
 """Files of weights: reading them without executing anything, and saying in words what does not fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsss import InputError
 
 SUFFIXES = {".pth", ".pt", ".bin", ".safetensors"}
+
+CONTAINERS = ("model", "state_dict", "teacher")
+"""Keys that a state dict lies under: DeiT, Lightning, DINO."""
+
+PREFIXES = ("module.", "model.", "teacher.", "encoder.", "backbone.")
+"""What stands before names where a network was part of another one, the outermost first."""
+
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "pre_logits.")
+"""How names of classifiers begin, which a file may hold or lack."""
+
+COUNTER = ".num_batches_tracked"
+"""Of every batch norm since PyTorch 0.4.1; older files lack it, and nothing here uses it."""
 
 
 def is_file(weights: str) -> bool:
@@ -20,7 +34,26 @@ def is_file(weights: str) -> bool:
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file or of a `.pth` file that holds nothing but tensors and containers.
 
-    A state dict under `model` or `state_dict` (DeiT, Lightning) is taken out.
+    A state dict under one of `CONTAINERS` is taken out.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything else.
+    """
+    return state_dict_of(read_content(path), path)
+
+
+def state_dict_of(content: Any, path: str) -> dict[str, Tensor]:
+    """The state dict in what was read from a file, see `read_state_dict`."""
+    for key in CONTAINERS:
+        if isinstance(content, dict) and isinstance(inner := content.get(key), dict):
+            content = inner
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"weights file {path} holds no state dict: expected a mapping from names to tensors")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def read_content(path: str) -> Any:
+    """All of a `.safetensors` file, or of a `.pth` or `.ckpt` file of tensors, plain values and containers.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything else.
@@ -31,18 +64,99 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes in the readers
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"weights file {path} cannot be read as a file of tensors: {reason}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(inner := content.get(key), dict):
-            content = inner
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"weights file {path} holds no state dict: expected a mapping from names to tensors")
-    return content
+        raise InputError(
+            f"weights file {path} cannot be read as a file of tensors: {why_unreadable(error, path)}"
+        ) from error
+
+
+def why_unreadable(error: Exception, path: str) -> str:
+    """What torch's unpickler could not read, and how the tensors are got out of a file of a training script."""
+    if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return (
+            f"beside tensors it holds a Python object, {refused[1]}, and reading one can execute code; if you trust "
+            f"its source, keep only the tensors: import torch; torch.save({{'model': torch.load({path!r}, "
+            "weights_only=False)['model']}, 'stripped.pth')"
+        )
+    return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]  # without torch's advice
+
+
+def load_weights(
+    network: nn.Module,
+    name: str,
+    path: str,
+    content: Mapping[str, Tensor],
+    convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = dict,
+    heads: tuple[str, ...] = HEADS,
+    shown: Callable[[str], str] = str,
+    advice: str = "give a file of this very backbone, or method.weights=null to start without",
+) -> str:
+    """Load every tensor of a network from a file, or refuse it; only classifiers may be left over.
+
+    Args:
+        network: without its classifier.
+        name: what it is called in the message.
+        path: of the file; `content` is what was read from it. Names may have `PREFIXES` if all fit without.
+        convert: from the names and shapes of the file to the network's.
+        heads: how the names of classifiers begin.
+        shown: how a name of the network is called in the file.
+        advice: the end of the message.
+
+    Returns:
+        `174 of 174 tensors of FILE (sha256 ab12...)`.
+
+    Raises:
+        InputError: tensors are missing, unknown, of another shape, or not finite; the first of each kind are named.
+    """
+    own = {key: tensor for key, tensor in network.state_dict().items() if not key.endswith(COUNTER)}
+    tried = []
+    for state in without_prefixes(content):
+        try:
+            converted = convert(dict(state))
+        except Exception:  # whatever a foreign file provokes in timm's filters: its own names tell more
+            converted = state
+        found = {
+            key: tensor
+            for key, tensor in converted.items()
+            if key in own or not (key.startswith(heads) or key.endswith(COUNTER))
+        }
+        faults = faults_of(own, found)
+        if not any(faults.values()):
+            network.load_state_dict(found, strict=False)
+            with Path(path).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return f"{len(found)} of {len(own)} tensors of {path} (sha256 {digest})"
+        tried.append(faults)
+    nearest = min(tried, key=lambda faults: sum(map(len, faults.values())))
+    raise InputError(f"weights file {path} does not fit {name}: it {describe_misfit(nearest, shown)}; {advice}")
+
+
+def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The state dict as it is, then again without each of `PREFIXES` that is there."""
+    yield state
+    for prefix in PREFIXES:
+        shorter = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        if shorter.keys() != state.keys() and len(shorter) == len(state):
+            yield (state := shorter)
+
+
+def faults_of(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """In words what is wrong with a file's tensors for a network's own -> their names."""
+    common = {key: tensor for key, tensor in found.items() if key in own}
+    fitting = {
+        key: tensor
+        for key, tensor in common.items()
+        if tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+        if tensor.shape == own[key].shape
+    }
+    return {
+        "lacks": [key for key in own if key not in found],
+        "has unknown": [key for key in found if key not in own],
+        "has no float weights or another shape for": [key for key in common if key not in fitting],
+        "has NaN or infinite values in": [key for key, tensor in fitting.items() if not tensor.isfinite().all()],
+    }
 
 
 def describe_misfit(faults: Mapping[str, Sequence[str]], shown: Callable[[str], str] = str) -> str:
@@ -88,23 +202,30 @@ VIT_LAYOUT = {
 """Names and shapes of a vision transformer's tensors; `*` is every block."""
 
 
+HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16}
+"""Attention heads of the published ViT and DeiT, tiny to large."""
+
+
 def compare_layout(
     state: Mapping[str, Tensor],
     layout: Mapping[str, str],
     optional: Sequence[str] = (),
     shown: Callable[[str], str] = str,
+    sizes: Mapping[str, int] | None = None,
 ) -> tuple[str, dict[str, int]]:
-    """How names and shapes of a transformer's file differ from a layout, in words, and the sizes its tensors tell.
+    """How names and shapes of a file differ from a layout, in words, and the sizes its tensors tell.
 
     Args:
         state: tensors by name.
         layout: the names expected, with `*` for every block, and their shapes, as in `VIT_LAYOUT`. A size is a number
-            or a name, which has to be the same number everywhere; `depth` is the number of blocks.
+            or a name, which has to be the same number everywhere; `depth` is the number of blocks, where there are any.
         optional: names that may be absent.
         shown: how a name is called in the file.
+        sizes: those known already.
     """
-    prefix = next(name for name in layout if "blocks.*" in name).partition("*")[0]
-    sizes = {"depth": len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})}
+    sizes = dict(sizes or {})
+    if prefix := next((name.partition("*")[0] for name in layout if "blocks.*" in name), None):
+        sizes["depth"] = len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
     expected = {
         name.replace("*", str(index)): axes
         for name, axes in layout.items()
@@ -141,7 +262,7 @@ def _has_shape(tensor: Tensor, axes: str, sizes: dict[str, int]) -> bool:
 def vit_arguments(sizes: Mapping[str, int], side: int) -> dict[str, Any]:
     """`backbone_args` of a transformer of these sizes with a `side` x `side` table of positions.
 
-    No tensor tells the number of attention heads.
+    No tensor tells the number of attention heads: it is that of the ViT or DeiT of this width, None for other widths.
     """
     return {
         "embed_dim": sizes["width"],
@@ -149,4 +270,5 @@ def vit_arguments(sizes: Mapping[str, int], side: int) -> dict[str, Any]:
         "patch_size": sizes["patch"],
         "img_size": side * sizes["patch"],
         "mlp_ratio": sizes["mlp"] / sizes["width"],
+        "num_heads": HEADS_OF_WIDTH.get(sizes["width"]),
     }
