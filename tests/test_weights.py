@@ -121,7 +121,7 @@ def test_a_training_script_s_settings_are_named(command: Command, tmp_path: Path
     ended = command("train", *OVERRIDES, f"method.weights={path}", f"hydra.run.dir={tmp_path / 'run'}")
     assert ended.code == 2
     assert "a Python object, argparse.Namespace" in ended.err
-    line = ended.err.partition("keep only the tensors: ")[2]
+    line = ended.err.partition("is their key: ")[2]
     exec(line)  # in the working directory of this test
     assert torch.load("stripped.pth", weights_only=True)["model"].keys() == classifier("vit").keys()
     path = saved({"model": {}, "args": argparse.Namespace()}, tmp_path, "checkpoint.pth")

@@ -126,7 +126,7 @@ def load(
     max_side: int = 1024,
     **arguments: Any,
 ) -> Predictor:
-    """A checkpoint of `wsss-train`, or of the original ToCo or MCTformer code, ready to predict.
+    """A checkpoint of `wsss-train`, or of the code of ToCo, MCTformer, PSA, SEAM or PPC, ready to predict.
 
     Nothing of the file is executed: its method is one of conf/, its weights are tensors, its settings plain values.
 

@@ -77,8 +77,8 @@ def why_unreadable(error: Exception, path: str) -> str:
     if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
         return (
             f"beside tensors it holds a Python object, {refused[1]}, and reading one can execute code; if you trust "
-            f"its source, keep only the tensors: import torch; torch.save({{'model': torch.load({path!r}, "
-            "weights_only=False)['model']}, 'stripped.pth')"
+            "its source, keep only the tensors, if 'model' is their key: import torch; "
+            f"torch.save({{'model': torch.load({path!r}, weights_only=False)['model']}}, 'stripped.pth')"
         )
     return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]  # without torch's advice
 
