@@ -327,6 +327,7 @@ def test_released_resnet38_checkpoints(command: Command, tmp_path: Path, name: s
         ("cam", lambda s: s | {"fc8.weight": torch.ones(4, 7, 1, 1)}, "unexpected shape in fc8.weight"),
         ("seam", without("fc8"), "lacks fc8.weight (1 in all)"),
         ("seam", lambda s: s | {"f8_5.weight": torch.ones(1)}, "has unknown f8_5.weight (1 in all)"),
+        ("seam", lambda s: s | {"fc8.weight": torch.ones(1, 256, 1, 1)}, "has no class beside the background"),
         ("ppc", lambda s: s | {"fc_proj.weight": torch.ones(128, 3, 1, 1)}, "unexpected shape in fc_proj.weight"),
     ],
     ids=str,

@@ -129,6 +129,8 @@ class SEAM(WSSSModule):
         option = "ppc" if "fc_proj.weight" in state else "seam"
         heads = OFFICIAL_HEADS | ({"fc_proj.weight": "projection conv6 1 1"} if option == "ppc" else {})
         said, sizes = compare_released(state, heads)
+        if not said and sizes["maps"] < 2:
+            said = "has no class beside the background in fc8.weight"
         if said:
             raise InputError(
                 f"checkpoint {path} looks like one of SEAM or PPC (method={option}), but it {said}; give "
