@@ -330,7 +330,7 @@ def test_released_resnet38_checkpoints(command: Command, tmp_path: Path, name: s
         ("seam", lambda s: s | {"fc8.weight": torch.ones(1, 256, 1, 1)}, "has no class beside the background"),
         ("ppc", lambda s: s | {"fc_proj.weight": torch.ones(128, 3, 1, 1)}, "unexpected shape in fc_proj.weight"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_released_resnet38_checkpoints_that_do_not_fit(
     command: Command, tmp_path: Path, name: str, change: Callable[[State], State], said: str
