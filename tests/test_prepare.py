@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,75 @@ def test_check_sees_ids_in_another_order(command: Command, photographs: Path) ->
     assert ended.code == 2
     assert "masks show a class that the image's labels do not name" in ended.out
     assert command("data", "check", *arguments, "dataset.classes=[cat,dog]").code == 0
+    ended = command("train", *TINY, *arguments, "hydra.run.dir=run")
+    assert ended.code == 2
+    assert "the order of the classes (1 dog, 2 cat)" in ended.err
+    assert not Path("run").exists()  # before anything is trained
+
+
+def test_training_says_what_check_says(command: Command, photographs: Path) -> None:
+    """Pictures that are not read, classes that nothing shows, images on both sides, and names of every kind."""
+    (photographs / "labels.csv").unlink()
+    shutil.rmtree(photographs / "masks")
+    (photographs / "im Urlaub").rename(photographs / "cat")
+    copies = photographs / "dog" / os.fsdecode(b"caf\xe9\n\x1b[1m")
+    copies.mkdir(parents=True)
+    for n in range(3):
+        shutil.copy(photographs / f"cat/Bild {n} (groß).JPG", copies / os.fsdecode(b"\xe9%d\n.jpg" % n))
+    (copies / "x.heic").touch()
+    (photographs / "class_names.txt").write_text("cat\ndog\ncow\n")
+    lists = {name: photographs / f"{name}.txt" for name in ("train", "val")}
+    lists["train"].write_text("".join(f"cat/Bild {n} (groß)\n" for n in range(8)), encoding="utf-8")
+    folder = ["dataset=folder", f"dataset.root={photographs}", "dataset.train=train.txt", "dataset.val=all"]
+    ended = command("data", "check", *folder)
+    assert ended.code == 0, ended.err
+    trained = command("train", *TINY, *folder, "hydra.run.dir=run")
+    assert trained.code == 0, trained.err
+    predicted = command(
+        "predict", "checkpoint=run/checkpoints/last.ckpt", f"images={copies}", "out=out", "overlay=false"
+    )
+    assert predicted.code == 0, predicted.err
+    assert len(list(Path("out/masks").iterdir())) == 3
+    assert "1 images of kinds that are not read are left out, 1 .heic" in predicted.out
+    for out in (ended.out, trained.out):
+        assert "1 images of kinds that are not read are left out, 1 .heic" in out
+        assert "no training image shows cow" in out
+        assert "11 of 11 images to evaluate on are trained on too" in out
+        assert "caf\\udce9\\n\\x1b[1m/x.heic" in out
+    (copies / os.fsdecode(b"\xe9\n.jpg")).write_bytes(b"no image")
+    for ended in (
+        command("data", "check", *folder),
+        command("train", *TINY, *folder, "hydra.run.dir=run2"),
+        command("train", *TINY, *folder, "on_bad_image=skip", "hydra.run.dir=run3"),
+        command("predict", "checkpoint=run/checkpoints/last.ckpt", f"images={copies}", "out=out2"),
+    ):
+        assert "Traceback" not in ended.err, ended.err
+        assert "cannot be read as an image" in ended.err + ended.out
+        assert "\x1b[1m" not in ended.err + ended.out
+
+
+def test_a_test_set_may_show_fewer_classes(command: Command, photographs: Path, tmp_path: Path) -> None:
+    train = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", "hydra.run.dir=run"]
+    assert command("train", *TINY, *train).code == 0
+    test = tmp_path / "test"
+    (test / "masks").mkdir(parents=True)
+    for name in ("Bild 1 (groß)", "Bild 4 (groß)"):
+        shutil.copy(photographs / f"im Urlaub/{name}.JPG", test)
+        shutil.copy(photographs / f"masks/{name}.png", test / "masks")
+    (test / "labels.csv").write_text("file,labels\nBild 1 (groß).JPG,dog\nBild 4 (groß).JPG,dog\n", encoding="utf-8")
+    asked = [
+        "checkpoint=run/checkpoints/last.ckpt",
+        f"dataset.root={test}",
+        "dataset.val=all",
+        "trainer.accelerator=cpu",
+    ]
+    ended = command("eval", *asked, "hydra.run.dir=eval")
+    assert ended.code == 0, ended.err
+    assert "shows 1 of the checkpoint's classes, taken as dataset.classes" in ended.out
+    (test / "class_names.txt").write_text("dog\n")  # whoever lists classes knows the order of their masks
+    ended = command("eval", *asked, "hydra.run.dir=eval2")
+    assert ended.code == 2
+    assert "holds the ids [2]" in ended.err or "dataset.classes" in ended.err
 
 
 @pytest.mark.parametrize(

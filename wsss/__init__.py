@@ -25,6 +25,11 @@ class RunError(RuntimeError):
     """
 
 
+def printable(text: str) -> str:
+    """Text on one line that no terminal or file chokes on: names of files may hold anything but `/` and 0."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def load(path: "str | PathLike[str]", **options: Any) -> "Predictor":
     """A checkpoint ready to predict: `wsss.load("last.ckpt").predict("photograph.jpg").mask`.
 

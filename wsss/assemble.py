@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.config import (
     build,
     call_checked,
@@ -27,9 +27,12 @@ from wsss.config import (
     plain_values,
     stored_values,
 )
-from wsss.data.base import Images, ImageSubset, PlainImages, inspect_items
+from wsss.data.base import Images, ImageSubset, PlainImages, as_images, inspect_items
 from wsss.data.datamodule import DataModule
+from wsss.data.doubts import masks_misfit, sample, shared, unseen
+from wsss.data.folder import Folder, survey
 from wsss.data.transforms import Transform
+from wsss.data.words import listed_classes
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit, why_unreadable
 from wsss.refine.crf import dense_crf
@@ -54,7 +57,30 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         for split in ("train", "val")
     )
     data = call_checked(DataModule, settings, "data", train=train, val=val, transform=transform, seed=cfg.seed)
+    notes = notes_on(cfg.dataset._target_, values)
+    if data.train is not None and data.train.labels is not None:
+        notes += unseen(data.train.labels, data.classes)
+    if data.train is not None and data.val is not None:
+        notes += shared(data.train, data.val)
+    for note in notes:
+        print(f"note: {printable(note)}")
     return data, [*bad, *more]
+
+
+def with_classes(target: str, values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The values of a data set, with the classes of a checkpoint where its labels alone show only some of them."""
+    if known and class_named(target) is Folder and values["classes"] is None:
+        found = survey(values["root"], values["labels"], values["masks"])
+        if set(found.classes) < set(known) and listed_classes(found.root) is None:
+            print(f"{found.source} shows {len(found.classes)} of the checkpoint's classes, taken as dataset.classes")
+            return {**values, "classes": list(known)}
+    return dict(values)
+
+
+def notes_on(target: str, values: Mapping[str, Any]) -> list[str]:
+    """What `wsss-data check` would note of a data set without opening its images."""
+    kind = class_named(target)
+    return list(kind.inspection(**values).notes) if isinstance(kind, type) and issubclass(kind, Images) else []
 
 
 def open_images(
@@ -73,6 +99,10 @@ def open_images(
         if bad and not seen:
             raise InputError(f"none of the {len(bad)} images of {split} can be used: {bad[0]}")
         images = ImageSubset(images, list(seen)) if bad else images
+    if split == "val" and as_images(images).has_masks:
+        some, _ = inspect_all(sample(as_images(images)), "some masks", num_workers)
+        if wrong := masks_misfit(some.values(), images.classes):
+            raise InputError(wrong)
     return (images if len(images) else None), bad
 
 
@@ -265,7 +295,8 @@ def restore(
     if classes is not None and tuple(classes) != known:
         raise InputError(
             f"checkpoint {path} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data set has "
-            f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes"
+            f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes, or list "
+            "those of the checkpoint in its order as dataset.classes"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next

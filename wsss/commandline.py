@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from wsss import InputError, RunError
+from wsss import InputError, RunError, printable
 from wsss.config import PATH_KEYS, composing, config_dir, given_directories, given_values, quote
 
 OPTIONAL_GROUPS = ("transform", "recipe")
@@ -84,7 +84,7 @@ def run_command(
 
 
 def _say(name: str, sentence: str, code: int) -> int:
-    print(f"wsss-{name}: {sentence}", file=sys.stderr)
+    print(f"wsss-{name}: {printable(sentence)}", file=sys.stderr)
     return code
 
 

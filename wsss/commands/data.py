@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.commandline import run_command
 from wsss.config import check_arguments, class_named, plain_values
 
@@ -29,37 +29,38 @@ def check(cfg: DictConfig) -> int:
     """Open every image and mask, print what there is, and refuse what training would; returns the images seen."""
     from wsss.assemble import inspect_all
     from wsss.data.base import Images, as_images, both_splits
+    from wsss.data.doubts import masks_misfit, shared
 
     target, values = class_named(cfg.dataset._target_), plain_values(cfg.dataset, "dataset")
     check_arguments(target, values, "dataset", given=("split",))
     # a data set from elsewhere may be any torch Dataset
     inspection = target.inspection(**values) if issubclass(target, Images) else both_splits(target, values)
     for note in inspection.notes:
-        print(note)
+        print(printable(note))
     problems = list(inspection.problems)
     seen: dict[str, list[dict[str, Any]]] = {}
+    opened: dict[str, Images] = {}
     classes: tuple[str, ...] = ()
-    ids: list[str] = []
     for split, make in inspection.sets.items():
         try:
-            images = as_images(make())
+            images = opened[split] = as_images(make())
         except InputError as error:
             problems += [str(error)] if str(error) not in problems else []
             continue
         classes = images.classes
-        ids += images.ids
         items, bad = inspect_all(images, split, cfg.num_workers)
         seen[split] = list(items.values())
-        problems += [*bad, *misnumbered(seen[split], classes)]
+        wrong = masks_misfit(seen[split], classes, tolerated=0.1)
+        problems += [*bad, *([wrong] if wrong else [])]
     if seen:
         print_counts(seen, classes, cfg.dataset.get("root", "drawn"))
         if "val" in seen and not seen["val"]:
             unseen = ", and masks were not looked at" if cfg.dataset.get("masks") else ""
             print(f"nothing to evaluate on (dataset.val names what to use): training will leave it out{unseen}")
-        if twice := len(ids) - len(set(ids)):
-            print(f"{twice} images are both trained and evaluated on")
+        for note in shared(opened["train"], opened["val"]) if len(opened) == 2 else ():
+            print(printable(note))
     for problem in problems[:MOST_SHOWN]:
-        print(f"- {problem}")
+        print(f"- {printable(problem)}")
     if problems:
         more = f" ({len(problems) - MOST_SHOWN} more are not shown)" if len(problems) > MOST_SHOWN else ""
         raise InputError(f"{len(problems)} problems, listed above{more}: mend them, then check again.")
@@ -74,6 +75,8 @@ def print_counts(seen: Mapping[str, Sequence[dict[str, Any]]], classes: Sequence
     from rich.markup import escape
     from rich.table import Table
 
+    from wsss.data.doubts import unseen
+
     counts: dict[str, Counter[str]] = {}
     for split, items in seen.items():
         found = Counter(classes[c] for item in items for c in np.flatnonzero(item["label"]).tolist())
@@ -86,32 +89,14 @@ def print_counts(seen: Mapping[str, Sequence[dict[str, Any]]], classes: Sequence
     for name in (*classes, "(no class)", "(images)"):
         table.add_row(escape(name), *(str(count[name]) for count in counts.values()))
     Console().print(table)
-    for name in classes:
-        if "train" in counts and not counts["train"][name]:
-            print(f"no training image shows {name}: nothing can be learnt about it")
+    if learnt := seen.get("train"):
+        for note in unseen(np.array([item["label"] for item in learnt]), classes):
+            print(note)
     if sizes := [item["size"] for items in seen.values() for item in items]:
         heights, widths = np.array(sizes).T
         shown = "{:.0f} to {:.0f}, median {:.0f}"
         ranges = (shown.format(side.min(), side.max(), np.median(side)) for side in (widths, heights))
         print("width {}; height {}".format(*ranges))
-
-
-def misnumbered(items: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[str]:
-    """A sentence where more than a tenth of the masks show a class that the image's labels do not name.
-
-    Fewer are how people annotate; many are ids in another order than the classes.
-    """
-    wrong = []
-    for item in items:
-        foreign = [classes[c - 1] for c in item["shown"] if 0 < c < 255 and not item["label"][c - 1]]
-        if foreign:
-            wrong.append(f"{item['id']} shows {foreign[0]}")
-    if len(wrong) * 10 <= len(items):
-        return []
-    return [
-        f"{len(wrong)} of {len(items)} masks show a class that the image's labels do not name ({wrong[0]}): the ids in "
-        "the masks have to follow the order of the classes, set dataset.classes or write class_names.txt"
-    ]
 
 
 MOST_SHOWN = 50

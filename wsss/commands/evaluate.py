@@ -5,14 +5,23 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.commandline import run_command
 from wsss.config import call_checked, extra_directories, plain_values, stored_values
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
-    from wsss.assemble import build_trainer, fit_sizes, load_method, open_images, quieten, read_checkpoint
+    from wsss.assemble import (
+        build_trainer,
+        fit_sizes,
+        load_method,
+        notes_on,
+        open_images,
+        quieten,
+        read_checkpoint,
+        with_classes,
+    )
     from wsss.callbacks import StepProgress
     from wsss.data.datamodule import DataModule
     from wsss.report.pictures import save_examples
@@ -27,9 +36,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     origin = checkpoint["wsss"]
     stored = origin["dataset_values"] if origin.get("dataset") == run.runtime.choices["dataset"] else {}
     values = stored_values(cfg.dataset, stored, "dataset")
+    values = with_classes(cfg.dataset._target_, values, origin.get("classes", ()))
     val, skipped = open_images(cfg.dataset._target_, values, "val", cfg.on_bad_image, cfg.data.num_workers)
     if val is None:
         raise InputError("the data set names no images to evaluate on: add dataset.val=all, a list or a fraction")
+    for note in notes_on(cfg.dataset._target_, values):
+        print(f"note: {printable(note)}")
     data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, checkpoint, data.classes)
     data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)

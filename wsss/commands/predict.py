@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.commandline import run_command
 
 
@@ -18,7 +18,9 @@ def predict(cfg: DictConfig) -> int:
 
     from wsss.assemble import load_method, read_checkpoint
     from wsss.config import extra_directories
-    from wsss.data.folder import Photographs, find_images
+    from wsss.data.doubts import contents, left_out
+    from wsss.data.finding import find_files
+    from wsss.data.folder import Photographs
     from wsss.outputs.masks import MaskFolder, output_names
     from wsss.predictor import Predictor
     from wsss.report.tables import progress
@@ -27,7 +29,10 @@ def predict(cfg: DictConfig) -> int:
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise InputError(f"{key} is {cfg[key]!r}: expected a whole number of at least {least}")
     out = Path(cfg.out).expanduser()
-    paths = find_images(Path(cfg.images).expanduser(), leave_out=out if out.is_dir() else None)
+    images = Path(cfg.images).expanduser()
+    paths, unread = find_files(images, "images", out if out.is_dir() else None)
+    for note in (*left_out(images, paths, unread), *contents(paths)):
+        print(f"note: {printable(note)}")
     folder = MaskFolder(out)
     method: Any = load_method(cfg, read_checkpoint(cfg.checkpoint, extra_directories()))
     predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.data.files import first_names, image_size, read_image, read_truth
 
 T = TypeVar("T")
@@ -34,11 +34,15 @@ class Images(Dataset[dict[str, Any]], ABC):
         classes: names of the C foreground classes.
         has_masks: whether items have a mask; to be False in training.
         has_background: False where the classes cover the whole image.
+        images: the files of all items, where they are files.
+        labels: float32 (N, C) of all items, where they are known without opening any.
     """
 
     classes: tuple[str, ...]
     has_masks: bool = True
     has_background: bool = True
+    images: Sequence[Path] = ()
+    labels: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -86,6 +90,8 @@ class LabelledImages(Images):
         labels: float32 (N, C).
         masks: their masks; None in training and where there are none.
     """
+
+    labels: np.ndarray
 
     def __init__(
         self,
@@ -149,6 +155,8 @@ class ImageSubset(Images):
         self.classes = source.classes
         if isinstance(source, Images):
             self.has_masks, self.has_background = source.has_masks, source.has_background
+            self.images = [source.images[index] for index in indices] if source.images else ()
+            self.labels = None if source.labels is None else source.labels[list(indices)]
 
     @property
     def ids(self) -> list[str]:
@@ -215,7 +223,7 @@ class _Inspected(Dataset[dict[str, Any] | str]):
         try:
             item = self.images[index]
         except InputError as error:
-            return str(error)
+            return printable(str(error))
         shown = np.unique(item["mask"]) if "mask" in item else np.empty(0, np.uint8)
         return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"], "shown": shown}
 

@@ -12,19 +12,25 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 from xml.etree.ElementTree import TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from wsss import InputError
 
 PathLike = str | os.PathLike[str]
 MASK_IDS = "0 (background), c+1 (class c) and 255 (ignore)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+AVIF = "avif" in features.modules and bool(features.check("avif"))
+OTHER_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff", ".webp", *((".avif",) if AVIF else ()))
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", *(("AVIF",) if AVIF else ()))
+"""All that Pillow may read a file as, whatever its name: for some others it starts a program."""
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits of a brightness, of cameras and of X-rays."""
 
 
 @contextmanager
@@ -43,19 +49,27 @@ def reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
         raise InputError(f"{path} cannot be read as {expected} ({found}): {advice}.") from error
 
 
+def open_image(file: PathLike | BinaryIO) -> ImageFile.ImageFile:
+    """A picture of which Pillow has read the head."""
+    return Image.open(file, formats=PILLOW_FORMATS)
+
+
 def read_image(path: PathLike) -> np.ndarray:
     """Reads a photograph upright as RGB, uint8 (H, W, 3).
 
-    EXIF orientation is applied and transparency is laid on white. Of 16-bit grey (and 32-bit integers, taken
-    as 16-bit) the high byte is kept; floats are taken as 0..1, or as 0..255 if any is above 1.
+    EXIF orientation is applied and transparency is laid on white. Of several frames or pages the first is read. Grey
+    of more than 8 bits is scaled by the smallest range of 8, 10, 12, 14 or 16 bits that holds the brightest pixel: the
+    same for photographs of one device, unless one is dark throughout. Floats are taken as 0..1, or as 0..255 if any is
+    above 1.
     """
     advice = "replace it, leave it out, or train with on_bad_image=skip"
     # a file object keeps Pillow from mapping the file, which scrambles an uncompressed TIFF that lies on its side
-    with reading(path, "an image", advice), open(path, "rb") as file, Image.open(file) as opened:
+    with reading(path, "an image", advice), open(path, "rb") as file, open_image(file) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
-            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            grey >>= next(bits for bits in DEPTHS if grey.max() < 2**bits) - 8
         elif image.mode == "F":
             grey = np.asarray(image)
             if not (grey.min() >= 0 and grey.max() <= 255):
@@ -80,7 +94,7 @@ def image_size(path: PathLike) -> tuple[int, int] | None:
 
 def read_mask(path: PathLike) -> np.ndarray:
     """Reads class ids, uint8 (H, W), from a palette or grey image of 1, 8 or 16 bits; colours are refused."""
-    with reading(path, "a mask", "replace it, or take it out of the list"), Image.open(path) as image:
+    with reading(path, "a mask", "replace it, or take it out of the list"), open_image(path) as image:
         if image.format == "JPEG" or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
             found = f"a {image.format} of mode {image.mode}, expected a palette or grey PNG of class ids"
             raise InputError(f"{path} is {found}: map its colours to {MASK_IDS} and save those.")

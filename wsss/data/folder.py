@@ -1,9 +1,7 @@
 """Folders of photographs: any for prediction, and one's own with image-level labels as a data set."""
 
 import hashlib
-import os
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,15 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from wsss import InputError
+from wsss import InputError, printable
 from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
+from wsss.data.doubts import contents, left_out
+from wsss.data.exports import foreign_tool
 from wsss.data.files import find_given, first_names, read_image, read_lines
-from wsss.data.labels import Labels, clean_path, folder_labels, listed_classes, read_labels
+from wsss.data.finding import find_files, find_images, match
+from wsss.data.labels import Labels, folder_labels, read_labels
 from wsss.data.pixels import Normalise
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from wsss.data.words import clean_path, listed_classes
 
 
 class Photographs(Dataset[tuple[Any, Any]]):
@@ -34,87 +34,8 @@ class Photographs(Dataset[tuple[Any, Any]]):
         try:
             image = read_image(self.paths[index])
         except InputError as error:
-            return str(error), None
+            return printable(str(error)), None
         return image, self.normalise(image)
-
-
-def find_images(folder: Path, key: str = "images", leave_out: Path | None = None) -> dict[Path, Path]:
-    """Relative path -> path of every image below a folder, in order.
-
-    Hidden files and folders, run directories and the folder `leave_out` are not looked at; links to folders are
-    followed, and no folder is entered twice. `key` is what a message calls the folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{key}={folder} is not a folder: give the folder of your photographs")
-    entered = {_identity(leave_out)} if leave_out is not None else set()
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_closed):
-        if _identity(place) in entered:
-            folders.clear()
-            continue
-        entered.add(_identity(place))
-        if "run.json" in files:  # what a training or an evaluation has left
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (Path(place, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if not found:
-        raise InputError(f"{key}={folder} holds no image: expected files that end in {', '.join(SUFFIXES)}")
-    return {path.relative_to(folder): path for path in sorted(found)}
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _closed(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be opened ({error.strerror}): let yourself read it.") from error
-
-
-def match(names: Iterable[str], images: Iterable[str], levels: int = 6) -> dict[str, str]:
-    """Finds images by name: name -> image, without the names that find none.
-
-    A name is compared by path, by file name, by both without suffix, and by the last two without the prefix of
-    Label Studio's uploads; `levels` says how many of these count. A comparison that several images or several
-    names share finds nothing, and an image found by a surer one is not found again.
-    """
-    by_key: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(levels)]
-    for image in images:
-        path, file, bare, stem = _keys(image)
-        for found_by, key in zip(by_key, (path, file, bare, stem, file, stem), strict=False):
-            found_by[key].append(image)
-    left: dict[str, list[str]] = {}
-    for name in names:
-        path, file, bare, stem = _keys(name)
-        left[name] = [path, file, bare, stem, *(_without_prefix(key) for key in (file, stem))]
-    found: dict[str, str] = {}
-    taken: set[str] = set()
-    for level, found_by in enumerate(by_key):
-        asking: dict[str, list[str]] = defaultdict(list)
-        for name, keys in left.items():
-            asking[keys[level]].append(name)
-        for key, asked in asking.items():
-            candidates = found_by.get(key, [])
-            if len(asked) == 1 and len(candidates) == 1 and candidates[0] not in taken:
-                found[asked[0]] = candidates[0]
-                taken.add(candidates[0])
-                del left[asked[0]]
-    return found
-
-
-def _without_prefix(name: str) -> str:
-    """A name as it was before Label Studio's upload put eight digits in front."""
-    return re.sub(r"\A[0-9a-f]{8}-", "", name)
-
-
-def _keys(name: str) -> tuple[str, str, str, str]:
-    """Path and file name, and both without the suffix of an image."""
-    path = clean_path(name)
-    stem, dot, suffix = path.rpartition(".")
-    bare = stem if dot + suffix.lower() in SUFFIXES else path
-    return path, path.rpartition("/")[2], bare, bare.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -127,8 +48,9 @@ class Survey:
         classes: foreground class names.
         images: id -> path of every image, in the order of the ids.
         present: id -> indices of the classes, of every image with an entry; none of them: a negative.
-        split: id -> "train" or "val", where the labels say so.
+        split: id -> "train", "val" or "test", where the labels say so.
         missing: names of entries that find no image.
+        notes: what is left out, or taken in another way than it is written.
     """
 
     root: Path
@@ -138,6 +60,7 @@ class Survey:
     present: Mapping[str, tuple[int, ...]]
     split: Mapping[str, str]
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def unlabelled(self) -> tuple[str, ...]:
@@ -167,7 +90,7 @@ def survey(
     """
     place = Path(root).expanduser()
     classes = listed_classes(place) if classes is None else classes
-    images = find_images(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
+    images, unread = find_files(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
     ids = _ids(place, [path.as_posix() for path in images])  # path -> id
     said = _labels(place, labels, ids, classes)
     found = match(said.entries, ids)
@@ -181,6 +104,7 @@ def survey(
         present={image_id: present[image_id] for image_id, _ in order if image_id in present},
         split={ids[found[name]]: split for name, split in said.split.items() if name in found},
         missing=tuple(name for name in said.entries if name not in found),
+        notes=(*said.notes, *left_out(place, images, unread, folders=said.path == place)),
     )
 
 
@@ -206,8 +130,9 @@ def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequen
     patterns = ("labels.csv", "[!.]*.json", "cls_labels*.npy", "Annotations")
     found = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     if len(found) > 1:
+        tool = foreign_tool(root) or ""
         raise InputError(
-            f"{root} holds several labels ({first_names([path.name for path in found])}): pass labels=<one>."
+            f"{root} holds several labels ({first_names([path.name for path in found])}){tool}: pass labels=<one>."
         )
     return read_labels(found[0], classes) if found else folder_labels(root, paths, classes)
 
@@ -303,7 +228,11 @@ class Folder(LabelledImages):
             sets = {"all": lambda: LabelledImages(found.classes, ids, paths, found.multi_hot(ids))}
         elif val == "all" and train is None:  # as in an evaluation
             sets = {"val": sets["val"]}
-        return Inspection(sets, [note], problems)
+        notes = [note, *found.notes, *contents({path.relative_to(found.root): path for path in found.images.values()})]
+        if values.get("masks") and all(name.isdecimal() for name in found.classes):
+            order = first_names([f"{c} in a mask is class {name}" for c, name in enumerate(found.classes, 1)])
+            notes.append(f"the classes are numbers, and masks count them in their order: {order}")
+        return Inspection(sets, notes, problems)
 
 
 def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path]:

@@ -8,7 +8,7 @@ import numpy as np
 from wsss import InputError
 from wsss.data.base import LabelledImages, check_split, pick
 from wsss.data.files import IMAGE_SUFFIXES, annotation_labels, files_by_stem, find_given, load_label_dict, read_list
-from wsss.data.labels import distinct, listed_classes
+from wsss.data.words import distinct, listed_classes
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
