@@ -30,9 +30,7 @@ from wsss.config import (
 from wsss.data.base import Images, ImageSubset, PlainImages, as_images, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
-from wsss.data.folder import Folder, survey
 from wsss.data.transforms import Transform
-from wsss.data.words import listed_classes
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit, why_unreadable
 from wsss.refine.crf import dense_crf
@@ -68,13 +66,10 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
 
 
 def with_classes(target: str, values: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """The values of a data set, with the classes of a checkpoint where its labels alone show only some of them."""
-    if known and class_named(target) is Folder and values["classes"] is None:
-        found = survey(values["root"], values["labels"], values["masks"])
-        if set(found.classes) < set(known) and listed_classes(found.root) is None:
-            print(f"{found.source} shows {len(found.classes)} of the checkpoint's classes, taken as dataset.classes")
-            return {**values, "classes": list(known)}
-    return dict(values)
+    """The values of a data set that is measured with a checkpoint that knows some classes."""
+    kind = class_named(target)
+    ours = isinstance(kind, type) and issubclass(kind, Images)
+    return kind.with_known_classes(dict(values), known) if ours and known else dict(values)
 
 
 def notes_on(target: str, values: Mapping[str, Any]) -> list[str]:

@@ -70,6 +70,11 @@ class Images(Dataset[dict[str, Any]], ABC):
         return digest(self.classes, list(self.ids))
 
     @classmethod
+    def with_known_classes(cls, values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+        """A configuration's values for a checkpoint that knows these classes, of which the images may show only some."""
+        return values
+
+    @classmethod
     def inspection(cls, **values: Any) -> Inspection:
         """What there is to look at in the data set that a configuration's values describe."""
         return both_splits(cls, values)

@@ -208,6 +208,16 @@ class Folder(LabelledImages):
         return digest(super().fingerprint, [(one.st_size, one.st_mtime_ns) for one in status])
 
     @classmethod
+    def with_known_classes(cls, values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+        if values.get("classes") is not None:
+            return values
+        found = survey(values["root"], values.get("labels"), values.get("masks"))
+        if not set(found.classes) < set(known) or listed_classes(found.root) is not None:
+            return values
+        print(f"{found.source} shows {len(found.classes)} of the checkpoint's classes, taken as dataset.classes")
+        return {**values, "classes": list(known)}
+
+    @classmethod
     def inspection(cls, **values: Any) -> Inspection:
         """All images where labels and files do not fit, since the data set would refuse them."""
         found = survey(values["root"], *(values.get(key) for key in ("labels", "masks", "classes")))
