@@ -71,7 +71,7 @@ class Images(Dataset[dict[str, Any]], ABC):
 
     @classmethod
     def with_known_classes(cls, values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-        """A configuration's values for a checkpoint that knows these classes, of which the images may show only some."""
+        """A configuration's values beside a checkpoint that knows these classes; its images may show only some of them."""
         return values
 
     @classmethod
