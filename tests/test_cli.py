@@ -1,6 +1,8 @@
 """The commands as a user meets them: what they leave, what they say, how they end."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from tiny import (
 )
 
 from wsss import losses
+from wsss.outputs.masks import MaskFolder
+from wsss.predictor import Predictor
 
 
 @pytest.fixture
@@ -122,8 +126,82 @@ def test_predict_reduces_large_photographs(command: Callable[..., Ended], traine
     assert ended.code == 0, ended.err
     mask = Image.open(tmp_path / "out/masks/panorama.png")
     assert (mask.mode, mask.size) == ("P", (20000, 500))
-    assert np.load(tmp_path / "out/cams/panorama.npz")["cam"].shape[1:] == (500, 20000)
+    assert np.load(tmp_path / "out/cams/panorama.npz")["cam"].shape[1:] == (32, 400)
+    assert Image.open(tmp_path / "out/overlays/panorama.jpg").size == (400, 32)
     assert "max_side is 0" in command("predict", *arguments, "max_side=0", f"out={tmp_path / 'none'}").err
+
+
+def test_no_image_ends_a_prediction(
+    command: Callable[..., Ended], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out, long = tmp_path / "images", tmp_path / "out", "x" * 251
+    (images / "a.png").mkdir(parents=True)
+    sizes = {"line.png": (65535, 1), "strip.png": (65535, 33), "wanting.png": (41, 40), "torn.png": (42, 40)}
+    for name in ("a.jpg", "a.jpg.bmp", "a.png/b.jpg", f"{long}.jpg", f"{long}.bmp", *sizes):
+        Image.new("RGB", sizes.get(name, (60, 40))).save(images / name)
+    predict, write = Predictor.predict_reduced, MaskFolder.write
+
+    def predict_without_memory(self: Predictor, image: np.ndarray, *rest: Any) -> Any:
+        if image.shape[1] == 41:
+            raise MemoryError
+        return predict(self, image, *rest)
+
+    def write_torn(self: MaskFolder, name: str, *rest: Any) -> None:
+        if name == "torn":
+            raise OSError(fault, os.strerror(fault), name)
+        write(self, name, *rest)
+
+    monkeypatch.setattr(Predictor, "predict_reduced", predict_without_memory)
+    monkeypatch.setattr(MaskFolder, "write", write_torn)
+    fault = errno.EINVAL
+    arguments = [f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}", f"images={images}", f"out={out}"]
+    ended = command("predict", *arguments, "num_workers=0", "cam=true")
+    assert ended.code == 2
+    assert "6 masks" in ended.out
+    for said in ("3 of 9 images", "line: ", "wanting: MemoryError", "torn: [Errno 22]"):
+        assert said in ended.err
+    masks = sorted(path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*") if path.is_file())
+    assert masks[:3] == ["a.jpg.bmp.png", "a.jpg.png", "a.png/b.png"]
+    assert masks[3] == "strip.png"
+    assert all(name.startswith("x" * 200 + "-") for name in masks[4:])  # which share their first 251 letters
+    assert Image.open(out / "masks/strip.png").size == (65535, 33)
+    assert Image.open(out / "overlays/strip.jpg").size == (1024, 32)
+    fault = errno.ENOSPC  # nor has the next one any room
+    assert command("predict", *arguments, "num_workers=0").code == 1
+
+
+def test_a_checkpoint_from_before_the_bound_is_evaluated_without(
+    command: Callable[..., Ended], trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["wsss"]["protocol"].pop("max_side") == 1024
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert "image size, reduced to 1024" in json.loads((trained / "metrics.json").read_text())["protocol/val/miou"]
+    quiet = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
+    for given, size in (([], "image size, true"), (["protocol.max_side=20"], "image size, reduced to 20, true")):
+        run = tmp_path / f"run{len(given)}"
+        ended = command("eval", f"checkpoint={tmp_path / 'old.ckpt'}", *quiet, *given, f"hydra.run.dir={run}")
+        assert ended.code == 0, ended.err
+        assert size in json.loads((run / "metrics.json").read_text())["protocol/val/cam_miou"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [([f"c{c}" for c in range(255)], "255 classes"), (["c1", "background"], "has the class background")],
+    ids=["many", "background"],
+)
+def test_classes_that_masks_cannot_hold(
+    names: list[str], said: str, command: Callable[..., Ended], tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    (root / "a.png").write_bytes(b"never opened")
+    (root / "labels.csv").write_text("file,labels\na.png,c1\n")
+    (root / "class_names.txt").write_text("\n".join(names))
+    data = ["dataset=folder", f"dataset.root={root}"]
+    ended = command("train", *data, "on_bad_image=skip", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (ended.code, said in ended.err) == (2, True), ended.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("version", ["mctformer_v1", "mctformer", "mctformer_plus"])

@@ -20,7 +20,7 @@ LAYERS = {
     "predictor": {"assemble", "cam", "config", "data", "refine"},
     "runs": {"config", "writing"},
     "callbacks": {"report", "writing"},
-    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam"},
+    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "writing"},
     "networks": {"networks", "cam"},
     "losses": {"losses", "lattice", "cam"},
     "refine": {"refine", "lattice", "cam"},

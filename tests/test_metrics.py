@@ -100,6 +100,55 @@ def test_cam_iou_is_that_of_every_threshold() -> None:
     assert curve[metric.thresholds == threshold] == best == curve.max()
 
 
+def dense_counts(
+    metric: CamIoU, cam: torch.Tensor, label: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What `CamIoU.counts` gives, from a whole confusion matrix at each threshold."""
+    value, index = cam.masked_fill(label[:, :, None, None] == 0, -torch.inf).max(1)
+    tables = torch.zeros(len(metric.thresholds), metric.num_ids, metric.num_ids, dtype=torch.long)
+    for table, threshold in zip(tables, metric.thresholds, strict=True):
+        predicted = torch.where(value > threshold, index + 1, 0)[target != 255]
+        table.view(-1).add_(torch.bincount(target[target != 255] * len(table) + predicted, minlength=table.numel()))
+    return tables.diagonal(dim1=1, dim2=2), tables.sum(1), tables.sum(2)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.395, -1.0])
+@pytest.mark.parametrize("classes", [1, 4, 254])
+def test_cam_iou_counts_as_confusion_matrices_do(classes: int, threshold: float) -> None:
+    rng = np.random.default_rng(classes)
+    metrics = [CamIoU(classes, threshold) for _ in range(2)]
+    shown = rng.choice(classes, min(classes, 3), replace=False)  # the others never occur
+    images = []
+    for number in range(6):
+        cam = torch.from_numpy(rng.integers(0, 101, (2, classes, 5, 7)) / 100).float()  # ties, values on thresholds
+        label = torch.zeros(2, classes)
+        if number:  # else without any
+            label[torch.tensor([[0], [1]]), torch.from_numpy(shown[: number % 3 + 1])] = 1
+        target = torch.from_numpy(rng.choice([0, 255, *(shown + 1)], (2, 5, 7)))
+        metrics[number % 2].update(cam, label, target)
+        images.append((cam, label, target))
+    whole = CamIoU(classes, threshold)  # maps that are smaller than their masks are enlarged
+    whole.update(cam, label, target.repeat_interleave(3, 1).repeat_interleave(2, 2))
+    single = CamIoU(classes, threshold)
+    single.update(cam, label, target)
+    assert torch.equal(torch.stack(whole.counts()), 6 * torch.stack(single.counts()))
+    cams, labels, targets = (torch.cat(parts) for parts in zip(*images, strict=True))
+    one, other = metrics
+    for name, reduce in one._reductions.items():  # as two processes do
+        setattr(one, name, reduce(torch.stack([getattr(one, name), getattr(other, name)])))
+    hits, predicted, true = one.counts()
+    for ours, dense in zip((hits, predicted, true), dense_counts(one, cams, labels, targets), strict=True):
+        assert torch.equal(ours, dense)
+    occurring = true[0] > 0
+    expected = (hits.double() / (predicted + true - hits))[:, occurring].mean(1)
+    assert torch.equal(one.curve(), expected)
+
+
+def test_cam_iou_of_many_classes_is_small() -> None:
+    states = CamIoU(5000, 0.4).metric_state
+    assert sum(state.numel() for state in states.values()) < 203 * 5001 * 1.01
+
+
 def test_image_map_is_the_mean_over_labelled_images() -> None:
     rng = np.random.default_rng(2)
     scores, labels = rng.normal(size=(6, 5)), (rng.random((6, 5)) < 0.4).astype(float)
@@ -175,11 +224,16 @@ def test_protocol_is_said() -> None:
     for part in ("val, 4 images", "scales 1, 0.5 with flip", "image size", "threshold 0.45", "true image labels"):
         assert part in notes["cam_miou"]
     other = Protocol(size=448, image_labels="predicted").describe("test", (1.0,), 0.5)
-    assert "resized to 448x448" in other["miou"]
+    assert "resized to 448x448, no" in other["miou"]
+    reduced = Protocol(max_side=1024).describe("val", (1.0,), 0.5)
+    assert reduced["miou"] == "val, single scale, image size, reduced to 1024, no image labels, no CRF"
+    assert all("image size, reduced to 1024" in note for note in reduced.values())
+    both = Protocol(max_side=1024, size=448).describe("val", (1.0,), 0.5)
+    assert "resized to 448x448 from at most 1024," in both["map"]
     assert "predicted image labels" in other["cam_miou"]
 
 
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": -3}, {"image_labels": "none"}])
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": -3}, {"max_side": 0}, {"image_labels": "none"}])
 def test_protocol_refuses(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):
         Protocol(**arguments)

@@ -11,13 +11,27 @@ import torch
 from official import toco_to_official
 from PIL import Image
 from tiny import METHOD, Ended
+from torch import nn
 
 import wsss
 from wsss import InputError
 from wsss.data.datamodule import DataModule
+from wsss.data.pixels import Normalise
 from wsss.data.shapes import Shapes
 from wsss.data.transforms import ToCoViews
+from wsss.evaluation.metrics import SegmentationIoU
+from wsss.evaluation.protocol import Protocol
+from wsss.methods.cam import CAM
 from wsss.methods.toco import ToCo
+from wsss.predictor import Predictor
+
+
+def tiny_toco() -> ToCo:
+    return ToCo(num_classes=3, **METHOD)
+
+
+def tiny_cam() -> CAM:
+    return CAM(num_classes=3, backbone_args={"width": 4}, weights=None, cam_scales=(1.0,))
 
 
 @pytest.fixture
@@ -81,6 +95,45 @@ def test_large_photographs_are_reduced_and_their_masks_enlarged(trained: Path) -
     model.method.encoder.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[-2:]))
     assert model.predict(np.zeros((300, 150, 3), np.uint8)).mask.shape == (300, 150)
     assert sizes[0] == (64, 32)
+    result = model.predict(np.zeros((300, 150, 3), np.uint8)[::-1], cams=True)
+    assert result.cams is not None
+    assert all(cam.shape == (64, 32) for cam in result.cams.values())
+
+
+@pytest.mark.parametrize("build", [tiny_toco, tiny_cam])
+def test_evaluation_and_prediction_have_one_bound(build: Callable[[], Any]) -> None:
+    """Beyond `max_side` the same mask is compared as is predicted, nothing is larger, and what fits is untouched."""
+    torch.manual_seed(0)
+    method = build().eval()
+    photo = np.random.default_rng(0).integers(0, 256, (130, 200, 3), np.uint8)
+    batch = {
+        "image": Normalise(method.mean, method.std)(photo)[None],
+        "label": torch.ones(1, 3),
+        "mask": torch.randint(0, 4, (1, 130, 200)),
+    }
+    sizes = []
+    for module in method.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: sizes.append(max(inputs[0].shape[-2:])))
+    method.protocol = Protocol(max_side=64, scales=(1.0, 0.5), flip="sum")
+    method.validation_step(batch, 0)
+    shown = method.illustrate(batch)["examples"]
+    assert {tuple(picture.shape[:2]) for picture in shown.values()} == {(42, 64)}
+    assert max(sizes) <= 64
+    _, predicted, true = (counts[0] for counts in method.metrics["cam_miou"].counts())
+    assert predicted.sum() == true.sum() == 130 * 200
+
+    predictor = Predictor(method, class_threshold=0.0, max_side=64)
+    assert method.protocol.scales == (1.0, 0.5)
+    mask = torch.from_numpy(predictor.predict(photo).mask)[None]
+    if method.metrics["miou"].update_called:
+        compared = SegmentationIoU(4)
+        compared.update(mask, batch["mask"])
+        same = (compared.confusion - method.metrics["miou"].confusion).abs().sum() / mask.numel()
+        assert same < 0.02  # a photograph is reduced as bytes, a batch as floats
+    untouched = method.infer(batch["image"][..., :40, :64])
+    method.protocol = Protocol(scales=(1.0, 0.5), flip="sum")
+    assert torch.equal(untouched["cam"], method.infer(batch["image"][..., :40, :64])["cam"])
 
 
 def test_a_checkpoint_of_the_original_layout(photograph: Path, tmp_path: Path) -> None:
@@ -90,7 +143,7 @@ def test_a_checkpoint_of_the_original_layout(photograph: Path, tmp_path: Path) -
     torch.save({f"module.{name}": t for name, t in toco_to_official(method.state_dict()).items()}, path)
     told = {"aux_layer": -2, "decoder_dilation": 1, "cam_scales": [1.0], "backbone": METHOD["backbone"]}
     model = wsss.load(path, classes=("ant", "bee", "cow"), backbone_args={"num_heads": 2}, class_threshold=0.0, **told)
-    result, ours = (m.predict(photograph) for m in (model, wsss.predictor.Predictor(method, class_threshold=0.0)))
+    result, ours = (m.predict(photograph) for m in (model, Predictor(method, class_threshold=0.0)))
     assert list(result.scores) == ["ant", "bee", "cow"]
     assert np.array_equal(result.mask, ours.mask)
     assert wsss.load(path, backbone_args={"num_heads": 2}, **told).classes == ("0", "1", "2")

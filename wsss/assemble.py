@@ -4,6 +4,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from wsss.config import (
     plain_values,
     stored_values,
 )
-from wsss.data.base import Images, ImageSubset, PlainImages, as_images, inspect_items
+from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
 from wsss.data.transforms import Transform
@@ -80,14 +81,14 @@ def notes_on(target: str, values: Mapping[str, Any]) -> list[str]:
 
 def open_images(
     target: str, values: Mapping[str, Any], split: str, on_bad_image: str, num_workers: int
-) -> tuple[PlainImages | None, list[str]]:
+) -> tuple[Images | None, list[str]]:
     """A data set by its class and values, None where it holds nothing, and a sentence for each image it leaves out.
 
     With `on_bad_image=skip` those that cannot be used are left out, else they are met when they are loaded.
     """
     if on_bad_image not in ("error", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: expected error or skip")
-    images: Images = instantiate(target, values, "dataset", split=split)
+    images = as_images(instantiate(target, values, "dataset", split=split))
     bad: list[str] = []
     if on_bad_image == "skip":
         seen, bad = inspect_all(images, split, num_workers)
@@ -253,6 +254,8 @@ def load_method(cfg: DictConfig, checkpoint: Mapping[str, Any], classes: Sequenc
     values = stored_values(cfg.method, built_with(checkpoint, cfg.method._target_), "method")
     method = restore(cfg.method._target_, values, checkpoint, cfg.checkpoint, classes)
     stored = {} if is_chosen("protocol") else checkpoint["wsss"].get("protocol", {})
+    if stored:  # what an older file does not say was not there when its figures were made
+        stored = asdict(build_protocol(stored))
     method.protocol = build_protocol(stored_values(cfg.protocol, stored, "protocol"))
     return method
 

@@ -18,6 +18,35 @@ def rescale(image: Tensor, scale: float) -> Tensor:
     return resize(image, [int(scale * side) for side in image.shape[-2:]])
 
 
+def resize_ids(ids: Tensor, size: Sequence[int]) -> Tensor:
+    """(..., h, w) of any type -> (..., *size): every pixel takes the value at its centre."""
+    for axis, length in zip((-2, -1), size, strict=True):
+        if ids.shape[axis] != length:
+            centres = 2 * torch.arange(length, device=ids.device) + 1
+            ids = ids.index_select(axis, centres * ids.shape[axis] // (2 * length))
+    return ids
+
+
+def reduced_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
+    """Height and width of the same shape with no side above `max_side`; None reduces nothing.
+
+    A long strip keeps what it has of 32 pixels on its short side, enough for a patch.
+    """
+    height, width = size
+    if max_side is None or max(size) <= max_side:
+        return height, width
+    height, width = (max(min(side, 32), round(side * max_side / max(size))) for side in size)
+    return height, width
+
+
+def reduce(image: Tensor, max_side: int | None) -> Tensor:
+    """Images (B, 3, H, W), bytes or floats, at their `reduced_size`, with antialiasing."""
+    size = reduced_size(image.shape[-2:], max_side)
+    if size == image.shape[-2:]:
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True)
+
+
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) normalised -> colours 0..255, float."""
     # one channel at a time: plain numbers spare the copy of a small tensor to the device

@@ -1,22 +1,20 @@
 """From a checkpoint to masks in a few lines of Python: `wsss.load(path).predict(images)`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from wsss import InputError
 from wsss.assemble import build_protocol, built_with, read_checkpoint, restore
-from wsss.cam import resize
+from wsss.cam import resize, resize_ids
 from wsss.config import method_option, plain_values
 from wsss.data.files import read_image
-from wsss.data.pixels import Normalise
+from wsss.data.pixels import Normalise, reduced
 from wsss.refine.thresholds import cam_to_label
 
 Photograph = str | PathLike[str] | Image.Image | np.ndarray
@@ -29,7 +27,8 @@ class Prediction:
     Attributes:
         mask: uint8 (H, W): 0 background, c + 1 for class c.
         scores: probability of every class, by name, that the classifier finds.
-        cams: class activation maps, float32 (H, W) in [0, 1], of these classes by name; None unless asked for.
+        cams: class activation maps, float32 in [0, 1], of these classes by name; None unless asked for. They are
+            (H, W) too, or of the reduced size where the photograph was reduced.
     """
 
     mask: np.ndarray
@@ -43,13 +42,13 @@ class Predictor:
     Args:
         method: a method with its weights.
         class_threshold: probability above which the classifier calls a class present.
-        max_side: larger photographs are reduced to this for the network, and their masks enlarged again.
+        max_side: larger photographs are reduced to this for the network, and their masks enlarged again. It takes
+            the place of the protocol's.
     """
 
     def __init__(self, method: Any, class_threshold: float = 0.5, max_side: int = 1024) -> None:
-        if max_side < 1:
-            raise InputError(f"max_side is {max_side!r}: expected a whole number of at least 1")
         self.method = method.eval()
+        method.protocol = replace(method.protocol, max_side=max_side)
         self.class_threshold, self.max_side = class_threshold, max_side
         self.normalise = Normalise(method.mean, method.std)
 
@@ -80,17 +79,13 @@ class Predictor:
         """
         if isinstance(images, list | tuple):
             return [self.predict(image, cams) for image in images]
-        return self.predict_normalised(self.normalise(_to_array(images)), cams)
+        image = _to_array(images)
+        return self.predict_reduced(reduced(image, self.max_side), image.shape[:2], cams)
 
     @torch.no_grad()
-    def predict_normalised(self, photo: Tensor, cams: bool = False) -> Prediction:
-        """`predict` of one photograph (3, H, W) that is normalised already."""
-        size = (photo.shape[-2], photo.shape[-1])
-        # a long strip keeps enough of its short side for a patch
-        work = [max(min(side, 32), round(side * min(1, self.max_side / max(size)))) for side in size]
-        image = photo[None].to(self.method.device)
-        if max(size) > self.max_side:
-            image = F.interpolate(image, size=work, mode="bilinear", antialias=True)
+    def predict_reduced(self, photo: np.ndarray, size: Sequence[int], cams: bool = False) -> Prediction:
+        """`predict` of one photograph of a size (H, W) that is `reduced` to `max_side` already."""
+        image, work = self.normalise(photo)[None].to(self.method.device), photo.shape[:2]
         output = self.method.infer(image, cams=cams)
         probability = output["logits"].sigmoid()  # (1, C)
         present = probability > self.class_threshold
@@ -98,13 +93,13 @@ class Predictor:
             ids = self.method.segment(image, work, output["seg"]).argmax(1)
         else:
             ids = cam_to_label(resize(output["cam"], work), present.float(), self.method.background_threshold)
-        mask = Image.fromarray(ids[0].to(torch.uint8).cpu().numpy()).resize(size[::-1], Image.Resampling.NEAREST)
+        mask = resize_ids(ids[0].to(torch.uint8).cpu(), size).numpy()
         found = present[0].nonzero()[:, 0].tolist()
         maps: dict[str, np.ndarray] | None = None
         if cams:
-            shown = resize(output["cam"][:, found], size)[0] if found else output["cam"][0, :0]
+            shown = resize(output["cam"][:, found], work)[0] if found else output["cam"][0, :0]
             maps = dict(zip((self.classes[c] for c in found), shown.float().cpu().numpy(), strict=True))
-        return Prediction(np.array(mask), {self.classes[c]: probability[0, c].item() for c in found}, maps)
+        return Prediction(mask, {self.classes[c]: probability[0, c].item() for c in found}, maps)
 
 
 def _to_array(image: Photograph) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +39,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     with write_whole(path) as file:
         file.write(f"{json.dumps(finite, indent=2)}\n".encode())
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Refuses classes that masks, of 8 bits, or figures by name cannot tell apart.
+
+    Raises:
+        InputError: more than 254, or one that has the name of what is none of them.
+    """
+    if len(classes) > 254:
+        raise InputError(
+            f"there are {len(classes)} classes, but a mask of 8 bits holds 254 (0 is background, 255 ignore): "
+            "leave some out or join some"
+        )
+    if "background" in classes:
+        raise InputError(
+            "a class is called background, as what belongs to no class already is: leave it out of the classes (an "
+            "image without any is a negative), or give it another name"
+        )
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:

@@ -165,13 +165,16 @@ def test_photographs_for_prediction(root: Path) -> None:
     (root / "a.jpg").write_bytes(b"no image")
     paths = find_images(root)
     assert [str(path) for path in paths] == sorted(map(str, map(Path, NAMES)), key=lambda name: Path(name))
-    data = Photographs(list(paths.values()), (0.5,) * 3, (0.5,) * 3)
+    data = Photographs(list(paths.values()), max_side=4)
     reason, nothing = data[0]
     assert "a.jpg" in reason
     assert nothing is None
-    image, tensor = data[1]
-    assert image.shape == (4, 5, 3)
-    assert tensor.shape == (3, 4, 5)
+    image, size = data[1]
+    assert (image.shape, size) == ((4, 5, 3), (4, 5))  # of so few pixels none is lost
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)).save(root / "a.png")
+    image, size = Photographs([root / "a.png"], max_side=60)[0]
+    assert (image.shape, image.dtype, size) == ((60, 40, 3), np.uint8, (300, 200))
+    assert image.std() < 40  # noise of 74 without the antialiasing
 
 
 # Labels

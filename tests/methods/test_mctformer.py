@@ -14,7 +14,7 @@ from wsss.assemble import read_checkpoint
 from wsss.config import config_dir
 from wsss.losses import build as build_loss
 from wsss.methods.mctformer import MAPS, MCTformer
-from wsss.networks.mct import JointPosition, MCTEncoder, global_average_pool, global_weighted_rank_pool
+from wsss.networks.mct import JointPosition, MCTEncoder, attend, global_average_pool, global_weighted_rank_pool
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
 VERSIONS = ("mctformer_v1", "mctformer", "mctformer_plus")
@@ -114,7 +114,7 @@ def test_maps_and_refinement() -> None:
         torch.testing.assert_close(method(image)["cam"].flatten(2)[0], refined)
 
 
-def test_attention_is_fused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_fused_even_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -124,7 +124,12 @@ def test_attention_is_fused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     method.training_step(batch(), 0)
     assert len(calls) == 3
     method(batch()["image"])
-    assert len(calls) == 3
+    assert len(calls) == 6
+    _, heads = attend(method.encoder.blocks[0], torch.randn(2, 7, method.encoder.embed_dim))
+    assert len(calls) == 7
+    for head in heads:
+        assert head.shape == (2, 7, 7)
+        torch.testing.assert_close(head.sum(-1), torch.ones(2, 7))
 
 
 def test_class_tokens_start_from_those_of_the_backbone(tmp_path: Path) -> None:

@@ -89,6 +89,22 @@ def test_bad_losses(losses: dict[str, Any], said: str) -> None:
         Pixels(3, losses=losses)
 
 
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (("cat", "dog"), "2 names for num_classes=255"),
+        (None, "there are 255 classes, but a mask of 8 bits holds 254"),
+        ((*map(str, range(254)), "background"), "255 classes"),
+    ],
+)
+def test_bad_classes(classes: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Pixels(255, classes)
+    assert len(Pixels(254).classes) == 254
+    with pytest.raises(InputError, match="a class is called background"):
+        Pixels(2, ("cat", "background"))
+
+
 def test_ids_are_those_of_the_masks(data: DataModule) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch["pseudo_mask"].max() <= 3

@@ -1,5 +1,8 @@
 """Folders of masks: names, palettes, wholeness."""
 
+import random
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +38,65 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         MaskFolder(tmp_path / "file" / "out")
 
 
-def test_files_that_differ_in_their_suffix_keep_it() -> None:
-    paths = [Path("a.jpg"), Path("a.png"), Path("b/a.jpg")]
-    assert output_names(paths) == ["a.jpg", "a.png", "b/a"]
+def test_an_overlay_has_the_size_of_its_image(tmp_path: Path) -> None:
+    folder = MaskFolder(tmp_path)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:, 30:] = 1
+    folder.write("small", mask, np.zeros((4, 6, 3), np.uint8))
+    overlay = np.asarray(Image.open(folder.overlays / "small.jpg")).astype(int)
+    assert overlay.shape == (4, 6, 3)
+    assert (overlay[:, 4:, 0] > 30).all()
+    assert (overlay[:, :2, 0] < 30).all()
+    folder.write("long", np.ones((1, 70_000), np.uint8), np.zeros((1, 70_000, 3), np.uint8))  # more than JPEG can hold
+    assert Image.open(folder.overlays / "long.png").size == (70_000, 1)
+    assert Image.open(folder.masks / "long.png").size == (70_000, 1)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a.jpg", "a.png", "b/a.jpg"], ["a.jpg", "a.png", "b/a"]),
+        (["a.jpg", "a.png", "a.jpg.bmp"], ["a.jpg", "a.png", "a.jpg.bmp"]),
+        (["a.jpg.bmp", "a.jpg"], ["a.jpg.bmp", "a"]),
+        (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),  # masks/a.png is a folder
+        (["a.jpg", "a.png/b.jpg", "a.jpg.png/c.jpg"], ["a-8e78cb2bc7f7", "a.png/b", "a.jpg.png/c"]),
+        (["A.jpg", "a.png"], ["A.jpg", "a.png"]),
+        (["A.jpg", "b/a.jpg"], ["A", "b/a"]),
+    ],
+)
+def test_names(paths: list[str], names: list[str]) -> None:
+    found = output_names(map(Path, paths))
+    assert [re.sub(r"-[0-9a-f]{12}$", "-HASH", name) for name in found] == [
+        re.sub(r"-[0-9a-f]{12}$", "-HASH", name) for name in names
+    ]
+    assert sorted(output_names(map(Path, reversed(paths)))) == sorted(found)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_names_are_one_file_each(seed: int, tmp_path: Path) -> None:
+    """Whatever the photographs are called, and even where upper and lower case are one."""
+    draw = random.Random(seed)
+    long = draw.choice(["x" * 246, "ü" * 123])  # 255 bytes at most
+    words = ["a", "A", "b", "é", unicodedata.normalize("NFD", "é"), "\udcff", long]
+    ends = [".jpg", ".png", ".JPG", ".jpg.png", ".png.jpg", ".npz", ".png.png", "", ".", "..jpg"]
+
+    def name() -> str:
+        return draw.choice(words) + draw.choice(ends)
+
+    folders = ["", "", f"{name()}/", f"{name()}/{name()}/"]
+    paths = {Path(draw.choice(folders) + name()) for _ in range(12)}
+    paths = sorted(path for path in paths if not any(path in other.parents for other in paths))
+    names = output_names(paths)
+    assert names == output_names(paths)
+    for suffix in (".png", ".jpg", ".npz"):
+        written = [unicodedata.normalize("NFC", name).casefold() + suffix for name in names]
+        assert len(set(written)) == len(paths)
+        assert not {str(folder) for name in written for folder in Path(name).parents} & set(written)
+        for name, path in zip(names, paths, strict=True):
+            assert Path(name).parent == path.parent
+            place = tmp_path / f"{name}{suffix}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch(exist_ok=False)
 
 
 def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:

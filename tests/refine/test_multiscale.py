@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from wsss.cam import by_max, min_max, multiscale_cam, multiscale_seg
+from wsss.cam import by_max, min_max, multiscale_cam, multiscale_seg, reduce, reduced_size, resize_ids
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -221,3 +223,37 @@ def test_no_gradient_is_kept(network: Network, image: Tensor) -> None:
     assert network(image).requires_grad
     assert not multiscale_cam(network, image).requires_grad
     assert not multiscale_seg(network, image, (5, 5), (1.0, 0.5), "max").requires_grad
+
+
+@pytest.mark.parametrize("size", [(7, 5), (13, 40), (3, 2), (1, 1), (7, 11)])
+def test_ids_take_the_nearest(size: tuple[int, int]) -> None:
+    ids = torch.randint(0, 255, (2, 7, 5))
+    expected = [np.asarray(Image.fromarray(one).resize(size[::-1], 0)) for one in ids.byte().numpy()]
+    assert np.array_equal(resize_ids(ids, size).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side", "reduced"),
+    [
+        ((3000, 4000), 1024, (768, 1024)),
+        ((3000, 4000), None, (3000, 4000)),
+        ((768, 1024), 1024, (768, 1024)),
+        ((1, 65535), 1024, (1, 1024)),
+        ((40, 65535), 1024, (32, 1024)),
+        ((20000, 500), 400, (400, 32)),
+    ],
+)
+def test_no_side_is_longer_than_the_longest(
+    size: tuple[int, int], max_side: int | None, reduced: tuple[int, int]
+) -> None:
+    assert reduced_size(size, max_side) == reduced
+    assert reduced_size(reduced, max_side) == reduced
+
+
+def test_an_image_is_reduced_as_pil_does() -> None:
+    image = torch.randint(0, 256, (1, 3, 90, 150), dtype=torch.uint8)
+    assert reduce(image, 150) is image
+    colours = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((100, 60), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(colours)).permute(2, 0, 1)[None]
+    torch.testing.assert_close(reduce(image, 100), expected, atol=1, rtol=0)
+    torch.testing.assert_close(reduce(image.float(), 100), expected.float(), atol=1, rtol=0)

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from omegaconf import DictConfig
 
 from wsss import InputError, printable
-from wsss.commandline import run_command
+from wsss.commandline import FULL, run_command
 
 
 def predict(cfg: DictConfig) -> int:
@@ -38,24 +39,26 @@ def predict(cfg: DictConfig) -> int:
     predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to("cuda" if torch.cuda.is_available() else "cpu")
     names, ids = output_names(paths), {name: c + 1 for c, name in enumerate(method.classes)}
     loader: DataLoader[Any] = DataLoader(
-        Photographs(list(paths.values()), method.mean, method.std),
+        Photographs(list(paths.values()), cfg.max_side),
         batch_size=None,
         collate_fn=tuple,  # keeps the arrays: the default turns them into tensors
         num_workers=cfg.num_workers,
     )
     failed: list[str] = []
     found: Counter[str] = Counter()
-    for name, (image, photo) in progress(zip(names, loader, strict=True), len(names), "predicting"):
-        if photo is None:
+    for name, (image, size) in progress(zip(names, loader, strict=True), len(names), "predicting"):
+        if size is None:
             failed.append(image)
             continue
         try:
-            result = predictor.predict_normalised(photo, cfg.cam)
-        except InputError as error:  # too small for the network, say
-            failed.append(f"{name}: {error}")
+            result = predictor.predict_reduced(image, size, cfg.cam)
+            cams = None if result.cams is None else {ids[label]: cam for label, cam in result.cams.items()}
+            folder.write(name, result.mask, image if cfg.overlay else None, cams)
+        except (InputError, MemoryError, OSError, RuntimeError) as error:  # too small for the network, too large, ...
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise  # nor will the next find room
+            failed.append(f"{name}: {shorten(str(error) or type(error).__name__, 200)}")
             continue
-        cams = None if result.cams is None else {ids[label]: cam for label, cam in result.cams.items()}
-        folder.write(name, result.mask, image if cfg.overlay else None, cams)
         found.update(method.classes[c - 1] for c in np.unique(result.mask) if c > 0)
     done = len(names) - len(failed)
     listed = ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wsss import InputError, printable
 from wsss.data.files import first_names, image_size, read_image, read_truth
+from wsss.writing import check_classes
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ class Images(Dataset[dict[str, Any]], ABC):
 
     @classmethod
     def with_known_classes(cls, values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-        """A configuration's values beside a checkpoint that knows these classes; its images may show only some of them."""
+        """A configuration's values beside a checkpoint that knows these classes; images may show only some of them."""
         return values
 
     @classmethod
@@ -190,7 +191,12 @@ class ImageSubset(Images):
 
 
 def as_images(source: PlainImages) -> Images:
-    """A torch `Dataset` with `classes` as `Images`, which our own are."""
+    """A torch `Dataset` with `classes` as `Images`, which our own are.
+
+    Raises:
+        InputError: classes that masks cannot hold.
+    """
+    check_classes(source.classes)
     return source if isinstance(source, Images) else ImageSubset(source, range(len(source)))
 
 

@@ -14,28 +14,33 @@ from wsss import InputError, printable
 from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
 from wsss.data.doubts import contents, left_out
 from wsss.data.exports import foreign_tool
-from wsss.data.files import find_given, first_names, read_image, read_lines
+from wsss.data.files import find_given, first_names, read_image, read_lines, reading
 from wsss.data.finding import find_files, find_images, match
 from wsss.data.labels import Labels, folder_labels, read_labels
-from wsss.data.pixels import Normalise
+from wsss.data.pixels import reduced
 from wsss.data.words import clean_path, listed_classes
 
 
 class Photographs(Dataset[tuple[Any, Any]]):
-    """Images as read (H, W, 3) and normalised (3, H, W); for one that cannot be read, the reason in their place."""
+    """Images, reduced where a side is longer than `max_side`, and their own height and width.
 
-    def __init__(self, paths: list[Path], mean: Sequence[float], std: Sequence[float]) -> None:
-        self.paths, self.normalise = paths, Normalise(mean, std)
+    For one that cannot be read, the reason and None.
+    """
+
+    def __init__(self, paths: list[Path], max_side: int) -> None:
+        self.paths, self.max_side = paths, max_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
+        path = self.paths[index]
         try:
-            image = read_image(self.paths[index])
+            with reading(path, "an image", "make it smaller, or leave it out"):  # there may be no room to reduce it
+                image = read_image(path)
+                return reduced(image, self.max_side), image.shape[:2]
         except InputError as error:
             return printable(str(error)), None
-        return image, self.normalise(image)
 
 
 @dataclass(frozen=True)

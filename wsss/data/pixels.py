@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wsss.cam import reduce
+
 
 def grey(image: np.ndarray) -> np.ndarray:
     """The brightness of every pixel, (H, W)."""
@@ -163,6 +165,14 @@ def _mix(image: np.ndarray, places: np.ndarray, weights: np.ndarray) -> np.ndarr
         total += 2**21
         result[:, columns] = total >> 22
     return result.reshape(-1, *image.shape[1:])
+
+
+def reduced(image: np.ndarray, max_side: int) -> np.ndarray:
+    """What `wsss.cam.reduce` makes of a photograph."""
+    if max(image.shape[:2]) <= max_side:
+        return image
+    image = np.require(image, requirements=["C", "W"])  # as torch wants its arrays
+    return reduce(torch.from_numpy(image).permute(2, 0, 1)[None], max_side)[0].permute(1, 2, 0).numpy()
 
 
 class Normalise:

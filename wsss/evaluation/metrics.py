@@ -11,6 +11,8 @@ from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
+from wsss.cam import resize_ids
+
 
 class SegmentationIoU(Metric):
     """Intersection over union from one confusion matrix over all pixels of all images (VOC's mIoU).
@@ -41,30 +43,26 @@ class SegmentationIoU(Metric):
 
     def iou(self) -> Tensor:
         """(C + 1,) IoU per id; NaN for an id that occurs neither in a target nor in a prediction."""
-        return _iou(self.confusion)
+        hits = self.confusion.diagonal().double()
+        return hits / (self.confusion.sum(1) + self.confusion[:, :-1].sum(0) - hits)
 
     def compute(self) -> Tensor:
         """Mean IoU over the ids that occur in the targets; NaN before any target was seen."""
         return self.iou()[self.confusion.sum(1) > 0].mean()
 
 
-def _iou(confusion: Tensor) -> Tensor:
-    """(..., N) from counts (..., N, N or more): rows are targets, columns predictions, further ones of no id."""
-    hits = confusion.diagonal(dim1=-2, dim2=-1).double()
-    union = confusion.sum(-1) + confusion[..., : confusion.shape[-2]].sum(-2) - hits
-    return hits / union
-
-
 class CamIoU(Metric):
     """Mean IoU of CAMs at a fixed background threshold, and of the whole sweep 0, 0.01, ..., 0.99, in one pass.
 
     Pixels take the class with the largest value among the image's labels, or background where that is not above the
-    threshold; one below 0 means that there is no background. Only a histogram is kept, so memory does not grow with
-    the images.
+    threshold; one below 0 means that there is no background. Only histograms are kept: memory does not grow with the
+    images, and with the number of classes no faster than it.
     """
 
     full_state_update = False
-    counts: Tensor
+    hits: Tensor
+    found: Tensor
+    targets: Tensor
     thresholds: Tensor
 
     def __init__(self, num_classes: int, background_threshold: float, ignore_index: int = 255) -> None:
@@ -72,27 +70,35 @@ class CamIoU(Metric):
         self.background_threshold, self.ignore_index, self.num_ids = background_threshold, ignore_index, num_classes + 1
         sweep = {*(step / 100 for step in range(100)), background_threshold}
         self.register_buffer("thresholds", torch.tensor(sorted(sweep)), persistent=False)
-        # [number of thresholds below the value, target, class of the largest value]
-        shape = (len(sweep) + 1, self.num_ids, self.num_ids)
-        self.add_state("counts", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+        # [number of thresholds below the value, id]: pixels whose largest value is that of their true class, with
+        # those of true background under id 0; and all pixels by the class of their largest value
+        for name, shape in {"hits": (len(sweep) + 1,), "found": (len(sweep) + 1,), "targets": ()}.items():
+            zeros = torch.zeros(*shape, self.num_ids, dtype=torch.long)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, cam: Tensor, label: Tensor, target: Tensor) -> None:
-        """cam: (B, C, H, W) in [0, 1]; label: (B, C) 0 or 1, the classes that may appear; target: (B, H, W) ids."""
-        value, index = cam.float().masked_fill(label[:, :, None, None] == 0, -torch.inf).max(dim=1)
+        """cam: (B, C, h, w) in [0, 1]; label: (B, C) 0 or 1, the classes that may appear; target: (B, H, W) ids."""
+        largest = cam.float().masked_fill(label[:, :, None, None] == 0, -torch.inf).max(dim=1)
+        value, index = (resize_ids(maps, target.shape[-2:]) for maps in largest)
         counted = target != self.ignore_index
-        below = torch.bucketize(value[counted], self.thresholds)
-        place = (below * self.num_ids + target[counted]) * self.num_ids + index[counted] + 1
-        self.counts += torch.bincount(place, minlength=self.counts.numel()).view_as(self.counts)
+        truth, best = target[counted].long(), index[counted] + 1
+        below = torch.bucketize(value[counted], self.thresholds) * self.num_ids
+        right = (truth == best) | (truth == 0)
+        for state, place in ((self.hits, (below + truth)[right]), (self.found, below + best), (self.targets, truth)):
+            state += torch.bincount(place, minlength=state.numel()).view_as(state)
 
-    def confusion(self) -> Tensor:
-        """(T, C + 1, C + 1) counts by threshold, target and prediction."""
-        above = self.counts.flip(0).cumsum(0).flip(0)[1:]  # foreground at threshold t: more than t thresholds below
-        background = self.counts.sum((0, 2)) - above.sum(2)
-        return torch.cat([background[..., None], above[..., 1:]], dim=2)
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels of each id, (T, C + 1) by threshold: predicted rightly, predicted, and true."""
+        # foreground at threshold t: more than t thresholds below the value
+        hits, predicted = (counts.flip(0).cumsum(0).flip(0)[1:] for counts in (self.hits, self.found))
+        hits[:, 0] = self.targets[0] - hits[:, 0]
+        predicted[:, 0] = self.targets.sum() - predicted.sum(1)
+        return hits, predicted, self.targets.expand_as(hits)
 
     def curve(self) -> Tensor:
         """(T,) mean IoU by threshold, over the ids that occur in the targets."""
-        return _iou(self.confusion())[:, self.counts.sum((0, 2)) > 0].mean(1)
+        hits, predicted, true = self.counts()
+        return (hits / (predicted + true - hits).double())[:, self.targets > 0].mean(1)
 
     def compute(self) -> Tensor:
         """Mean IoU at `background_threshold`."""

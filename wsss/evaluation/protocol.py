@@ -12,6 +12,9 @@ class Protocol:
     """How predictions are made before they are compared with the masks.
 
     Args:
+        max_side: images with a longer side are reduced to it first, with antialiasing; what is found there is enlarged
+            to the mask. It bounds time and memory. None reduces nothing, as the papers do; so it is in checkpoints
+            from before this setting.
         size: the image is resized to a square of this side (its aspect is lost); None leaves it as it is.
             Predictions are always resized to the mask.
         scales: factors of that size at which the segmentation is computed.
@@ -22,6 +25,7 @@ class Protocol:
             classes with a probability above one half.
     """
 
+    max_side: int | None = None
     size: int | None = None
     scales: Sequence[float] = (1.0,)
     flip: str = "none"
@@ -37,14 +41,17 @@ class Protocol:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"protocol.{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
-        if self.size is not None and self.size < 1:
-            raise InputError(f"protocol.size is {self.size}: expected a positive number of pixels or null")
+        for name in ("max_side", "size"):
+            if (side := getattr(self, name)) is not None and side < 1:
+                raise InputError(f"protocol.{name} is {side}: expected a positive number of pixels or null")
         if not self.scales or min(self.scales) <= 0:
             raise InputError(f"protocol.scales is {list(self.scales)}: expected one or more positive factors")
 
     def describe(self, split: str, cam_scales: Sequence[float], background_threshold: float) -> dict[str, str]:
         """For each kind of figure the sentence that has to stand beside it."""
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
+        if self.max_side is not None:
+            size += f", reduced to {self.max_side}" if self.size is None else f" from at most {self.max_side}"
         cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, {self.image_labels} image labels, no CRF"
         best = f"{cam}, best threshold of 0 to 0.99, chosen with these masks"
         if background_threshold < 0:  # then nothing is chosen

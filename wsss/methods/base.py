@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wsss.cam import larger, min_max, multiscale_cam, rescale, rescale_photograph, resize
+from wsss.cam import (
+    larger,
+    min_max,
+    multiscale_cam,
+    reduce,
+    reduced_size,
+    rescale,
+    rescale_photograph,
+    resize,
+    resize_ids,
+)
 from wsss.evaluation.metrics import evaluation
 from wsss.methods.stage import Stage
 from wsss.refine.thresholds import cam_to_label
@@ -93,7 +103,8 @@ class WSSSModule(Stage):
 
     @torch.no_grad()
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
-        """`forward` at the protocol's size; CAMs multi-scale, in [0, 1), at image size (if `cams`, or without seg)."""
+        """`forward` at the protocol's size; CAMs multi-scale, in [0, 1), of its size (if `cams`, or without seg)."""
+        image = reduce(image, self.protocol.max_side)
         if self.protocol.size is not None:
             image = resize(image, (self.protocol.size, self.protocol.size))
         output = self(image)
@@ -117,9 +128,11 @@ class WSSSModule(Stage):
             self.metrics[key].update(output["logits"], label)
         if "mask" not in batch:
             return
-        mask, size = batch["mask"], batch["mask"].shape[-2:]
+        mask = batch["mask"]
+        size = reduced_size(mask.shape[-2:], self.protocol.max_side)
         if output["seg"] is not None:
-            self.metrics["miou"].update(self.segment(batch["image"], size, output["seg"]).argmax(1), mask)
+            ids = self.segment(batch["image"], size, output["seg"]).argmax(1)
+            self.metrics["miou"].update(resize_ids(ids, mask.shape[-2:]), mask)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
         for name in self.cam_names:
             self.metrics[f"{name}_miou"].update(resize(output[name], size), kept, mask)
@@ -130,7 +143,7 @@ class WSSSModule(Stage):
 
         A method with class attention also shows where the tokens of the true classes look.
         """
-        image, label = batch["image"].to(self.device), batch["label"].to(self.device)
+        image, label = reduce(batch["image"], self.protocol.max_side).to(self.device), batch["label"].to(self.device)
         size, output = image.shape[-2:], self.infer(image)
         cam = resize(output["cam"], size) * label[:, :, None, None]
         colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
@@ -138,7 +151,7 @@ class WSSSModule(Stage):
         if output["seg"] is not None:
             pictures["prediction"] = resize(output["seg"], size).argmax(1)[0]
         if "mask" in batch:
-            pictures["truth"] = batch["mask"][0]
+            pictures["truth"] = resize_ids(batch["mask"][0], size)
         shown = {"examples": pictures}
         if "attention" in output:
             maps = min_max(resize(output["attention"], size))[0]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import denormalise, multiscale_seg, resize
+from wsss.cam import denormalise, multiscale_seg, reduce, resize
 from wsss.evaluation.metrics import figures_of
 from wsss.evaluation.protocol import Protocol
 from wsss.losses import build
 from wsss.refine.crf import dense_crf
+from wsss.writing import check_classes
 
 
 class Stage(pl.LightningModule):
@@ -47,6 +48,7 @@ class Stage(pl.LightningModule):
         self.classes = tuple(classes or map(str, range(num_classes)))
         if len(self.classes) != num_classes:
             raise InputError(f"classes has {len(self.classes)} names for num_classes={num_classes}")
+        check_classes(self.classes)
         self.protocol = Protocol()
         self.metrics: Any = nn.ModuleDict()
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
@@ -97,6 +99,7 @@ class Stage(pl.LightningModule):
         `seg` (B, 1 + C, h, w) is what `self(image)` gives at the protocol's size.
         """
         protocol, side = self.protocol, self.protocol.size
+        image = reduce(image, protocol.max_side)
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
             scores = resize(seg, size)
         else:

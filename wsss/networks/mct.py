@@ -1,7 +1,7 @@
 """The multi-class token transformer of MCTformer: one class token per class, attention maps on request."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +127,8 @@ class MCTEncoder(nn.Module):
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
+        first: Any = vit.blocks[0]
+        self.num_heads: int = first.attn.num_heads
         side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
         if side < 1:
             raise InputError(f"img_size is {size}: expected at least one patch of {self.patch_size} pixels")
@@ -159,14 +161,14 @@ class MCTEncoder(nn.Module):
         return tokens + self.position(size, square=height == width), size
 
     def forward(self, image: Tensor, attention: bool = False) -> MCTTokens:
-        """image: (B, 3, H, W) normalised; `attention` maps cost memory and the fused attention kernel."""
+        """image: (B, 3, H, W) normalised; `attention` maps cost time and memory."""
         tokens, size = self.embed(image)
         classes = self.cls_token.shape[1]
         class_tokens, maps = [], []
         for block in self.blocks:
             if attention:
-                tokens, weights = attend(block, tokens)
-                maps.append(weights.mean(1))
+                tokens, heads = attend(block, tokens)
+                maps.append(sum(heads, tokens.new_zeros(())) / self.num_heads)
             else:
                 tokens = block(tokens)
             class_tokens.append(tokens[:, :classes])
@@ -191,18 +193,22 @@ def _trained_size(path: str) -> int:
     return math.isqrt(table.shape[1] - 1) * filters.shape[-1]
 
 
-def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What a timm block does to tokens (B, N, D), and its attention (B, heads, N, N) after the softmax."""
+def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+    """What a timm block does to tokens (B, N, D), and the attention (B, N, N) of each head after the softmax.
+
+    The maps are made when they are asked for: those of all heads at once are the most memory that anything takes.
+    """
     layer: Any = block.attn
     seen: list[Tensor] = []
-    hook = layer.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    fused, layer.fused_attn = layer.fused_attn, False  # the fused kernel forms no attention matrix
+    norms = (layer.q_norm, layer.k_norm)
+    hooks = [norm.register_forward_hook(lambda _, inputs, output: seen.append(output)) for norm in norms]
     try:
         tokens = block(tokens)
     finally:
-        hook.remove()
-        layer.fused_attn = fused
-    return tokens, seen[0]
+        for hook in hooks:
+            hook.remove()
+    queries, keys = (maps.unbind(1) for maps in seen)
+    return tokens, (((q * layer.scale) @ k.mT).softmax(-1) for q, k in zip(queries, keys, strict=True))
 
 
 def global_average_pool(maps: Tensor) -> Tensor:

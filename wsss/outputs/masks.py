@@ -1,7 +1,11 @@
 """A folder of masks, overlays and maps, shared by all commands that make masks."""
 
+import hashlib
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,15 @@ from PIL import Image
 from wsss import InputError
 from wsss.report.pictures import overlay
 from wsss.writing import write_mask, write_whole
+
+LONGEST_JPEG = 65_500
+"""Side in pixels, of libjpeg."""
+
+SUFFIXES = (".png", ".jpg", ".npz")
+"""Of what is written."""
+
+LONGEST_NAME = 255 - 4
+"""Bytes of a name that takes such a suffix."""
 
 
 class MaskFolder:
@@ -43,21 +56,53 @@ class MaskFolder:
         Args:
             name: of the image.
             mask: ids, uint8 (H, W).
-            image: uint8 (H, W, 3), where an overlay is wanted.
-            cams: where they are wanted, maps (H, W) in [0, 1] by id; in the file `cam` (n, H, W) float16, `ids` (n,).
+            image: uint8 of any size (h, w, 3), where an overlay is wanted; a PNG beyond what JPEG can hold.
+            cams: where they are wanted, maps (h, w) in [0, 1] by id: `cam` (n, h, w) float16 and `ids` (n,) in the
+                file.
         """
-        write_mask(self.masks / f"{name}.png", mask)
         if image is not None:
-            with write_whole(self.overlays / f"{name}.jpg") as file:
-                Image.fromarray(overlay(image, mask)).save(file, format="JPEG", quality=90)
+            suffix, kind = (".jpg", "JPEG") if max(image.shape) <= LONGEST_JPEG else (".png", "PNG")
+            with write_whole(self.overlays / f"{name}{suffix}") as file:
+                Image.fromarray(overlay(image, mask)).save(file, format=kind, quality=90)
         if cams is not None:
-            maps = np.array(list(cams.values()), np.float16).reshape(-1, *mask.shape)
+            maps = np.array(list(cams.values()) or np.empty((0, *mask.shape)), np.float16)
             with write_whole(self.cams / f"{name}.npz") as file:
                 np.savez_compressed(file, cam=maps, ids=np.array(list(cams), np.int64))
+        write_mask(self.masks / f"{name}.png", mask)  # last: where it is, all is
 
 
 def output_names(paths: Iterable[Path]) -> list[str]:
-    """Relative paths without suffix; files that differ in their suffix alone keep it."""
+    """A name for each relative path: without suffix, or whole where others share the rest.
+
+    Whatever is written under one name is written under no other, and is no folder of another, not even where upper
+    and lower case are one. If neither will do, nor is short enough, the name is cut and ends in a hash.
+    """
     paths = list(paths)
-    stems = Counter(path.with_suffix("") for path in paths)
-    return [str(path if stems[path.with_suffix("")] > 1 else path.with_suffix("")) for path in paths]
+    stems, whole = Counter(_key(path.with_suffix("")) for path in paths), Counter(map(_key, paths))
+    folders = {_key(folder) for path in paths for folder in path.parents}
+    taken = {*stems, *whole}
+    names = []
+    for path in paths:
+        stem = path.with_suffix("")
+        own = [stem] if stems[_key(stem)] == 1 and _key(stem) not in whole else []
+        own += [path] if whole[_key(path)] == 1 else []
+        hashed = (name for number in count() if _key(name := _hashed(path, number)) not in taken)
+        name = next(
+            name
+            for name in chain(own, hashed)
+            if len(os.fsencode(name.name)) <= LONGEST_NAME
+            and not any(_key(f"{name}{suffix}") in folders for suffix in SUFFIXES)
+        )
+        taken.add(_key(name))
+        names.append(str(name))
+    return names
+
+
+def _key(path: str | Path) -> str:
+    """Equal for paths that are one somewhere."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def _hashed(path: Path, number: int) -> Path:
+    digest = hashlib.sha256(os.fsencode(path) + bytes(number)).hexdigest()[:12]
+    return path.with_name(f"{os.fsencode(path.stem)[:200].decode(errors='ignore')}-{digest}")

@@ -25,7 +25,9 @@ def heat(image: Array, cam: Array) -> Array:
 
 
 def overlay(image: Array, mask: Array, opacity: float = 0.5) -> Array:
-    """(H, W, 3) uint8 image with the foreground of (H, W) ids tinted in VOC's colours."""
+    """(H, W, 3) uint8 image with the foreground of ids, of any size, tinted in VOC's colours."""
+    if mask.shape != image.shape[:2]:
+        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     tinted = (1 - opacity) * image + opacity * paint(mask)
     return np.where((mask > 0)[:, :, None], tinted, image).astype(np.uint8)
 
