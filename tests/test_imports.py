@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-GROUND = {"cam", "lattice", "optim", "writing"}
+GROUND = {"cam", "lattice", "optim", "pickles", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "commandline", "config", "data", "evaluation", "methods", "networks", "outputs",
-    "predictor", "refine", "report", "runs",
+    "predictor", "refine", "report", "runs", "stored",
 }  # fmt: skip
 LAYERS = {
     "commands": COMMANDS,  # and none of commands
     "commands/data": COMMANDS | {"prepare"},  # nothing else may: no training needs it
-    "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report"},
-    "predictor": {"assemble", "cam", "config", "data", "refine"},
+    "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report", "stored"},
+    "predictor": {"assemble", "cam", "config", "data", "refine", "stored"},
     "runs": {"config", "writing"},
     "callbacks": {"report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "writing"},
-    "networks": {"networks", "cam"},
+    "networks": {"networks", "cam", "pickles"},
     "losses": {"losses", "lattice", "cam"},
     "refine": {"refine", "lattice", "cam"},
     "data": {"data", *GROUND},
@@ -32,6 +32,7 @@ LAYERS = {
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},
+    "stored": {"networks", "pickles"},
     "__init__": {"predictor"},
 }
 """By the name of a file or of its folder."""

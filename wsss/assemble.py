@@ -3,13 +3,13 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from wsss import InputError, printable
@@ -20,11 +20,10 @@ from wsss.config import (
     class_named,
     given_directories,
     given_values,
+    group_options,
     instantiate,
     is_chosen,
-    is_option_name,
     method_option,
-    method_options,
     plain_values,
     stored_values,
 )
@@ -33,9 +32,10 @@ from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
-from wsss.networks.weights import misfit, why_unreadable
+from wsss.networks.weights import misfit
 from wsss.refine.crf import dense_crf
 from wsss.report.tables import progress
+from wsss.stored import Bounded, check_checkpoint, check_tensors, check_values, read_plain
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -146,6 +146,10 @@ def build_protocol(values: Mapping[str, Any]) -> Protocol:
     protocol: Protocol = call_checked(Protocol, values, "protocol")
     if protocol.crf is not None:
         check_arguments(dense_crf, protocol.crf, "protocol.crf", given=("image", "probability"))
+        for key, count in (("gaussian", 2), ("bilateral", 3)):
+            numbers = protocol.crf.get(key, (1,) * count)
+            if len(numbers) != count or not all(0 < number < 1e6 for number in numbers):
+                raise InputError(f"protocol.crf.{key} is {list(numbers)}: expected {count} positive numbers")
     return protocol
 
 
@@ -184,16 +188,14 @@ def read_checkpoint(path: str, directories: Sequence[str] = ()) -> dict[str, Any
             f"checkpoint {path} holds ImageNet weights of MXNet, no trained method: train from it with "
             f"method.weights={path}"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
-        reason = why_unreadable(error, path)
-        raise InputError(f"checkpoint {path} cannot be read as a file of tensors and plain values: {reason}") from error
+    content = read_plain(path)
     inner = content.get("model", content) if isinstance(content, dict) else None
     if isinstance(inner, dict) and inner and all(isinstance(value, Tensor) for value in inner.values()):
-        return _read_official({str(name): tensor for name, tensor in inner.items()}, path, directories)
+        check_tensors(inner, path)
+        return _read_official(inner, path, directories)
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "wsss"} <= content.keys():
         raise InputError(f"checkpoint {path} was not written by wsss-train: it lacks what the method was built with")
+    check_checkpoint(content, path)
     return content
 
 
@@ -201,7 +203,7 @@ def _read_official(state: dict[str, Tensor], path: str, directories: Sequence[st
     """The checkpoint of a paper's own code, from the method that knows its names."""
     from wsss.methods.base import WSSSModule
 
-    options = method_options(directories)
+    options = group_options("method", directories)
     classes = dict.fromkeys(class_named(method_option(option, directories)._target_) for option in options)
     for method in classes:
         if issubclass(method, WSSSModule) and (official := method.read_official(state, path)):
@@ -239,8 +241,8 @@ def checkpoint_overrides(arguments: list[str], dataset: bool = True) -> list[str
     groups = ("method", "dataset") if dataset else ("method",)
     names = {group: origin[group] for group in groups if group in origin and not given_values(arguments, group)}
     for group, name in names.items():
-        if not is_option_name(name):
-            raise InputError(f"checkpoint {given[0]} names the {group} {name!r}, expected the name of an option")
+        if name not in (known := group_options(group, given_directories(arguments))):
+            raise InputError(f"checkpoint {given[0]} names the {group} {name!r}: known are {', '.join(known)}")
     first = next((i for i, o in enumerate(arguments) if not o.startswith("-") and "=" in o), len(arguments))
     return [*arguments[:first], *(f"{group}={name}" for group, name in names.items()), *arguments[first:]]
 
@@ -251,13 +253,38 @@ def load_method(cfg: DictConfig, checkpoint: Mapping[str, Any], classes: Sequenc
     What the command line gives wins over the file. `classes`, where given, are those of a data set that the checkpoint
     has to agree with.
     """
-    values = stored_values(cfg.method, built_with(checkpoint, cfg.method._target_), "method")
+    values = checked_values(cfg, "method", built_with(checkpoint, cfg.method._target_))
     method = restore(cfg.method._target_, values, checkpoint, cfg.checkpoint, classes)
     stored = {} if is_chosen("protocol") else checkpoint["wsss"].get("protocol", {})
-    if stored:  # what an older file does not say was not there when its figures were made
-        stored = asdict(build_protocol(stored))
-    method.protocol = build_protocol(stored_values(cfg.protocol, stored, "protocol"))
+    with naming(cfg.checkpoint):
+        if stored:  # what an older file does not say was not there when its figures were made
+            stored = asdict(build_protocol(stored))
+        method.protocol = build_protocol(checked_values(cfg, "protocol", stored))
     return method
+
+
+def checked_values(cfg: DictConfig, group: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that a checkpoint holds, under those of the command line.
+
+    Raises:
+        InputError: the file sets what no file may.
+    """
+    values = stored_values(cfg[group], stored, group)
+    own: Any = OmegaConf.to_container(cfg[group], resolve=True)
+    check_values(group, values, own, cfg.checkpoint)
+    return values
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Whatever goes wrong with values of a checkpoint is said of the file."""
+    try:
+        yield
+    except Exception as error:  # a network's constructor raises nearly everything
+        said = " ".join(str(error).split())[:1000] or type(error).__name__
+        if isinstance(error, InputError) and path in said:
+            raise
+        raise InputError(f"checkpoint {path} does not fit: {said}") from error
 
 
 def built_with(checkpoint: Mapping[str, Any], target: str) -> dict[str, Any]:
@@ -296,12 +323,15 @@ def restore(
             f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes, or list "
             "those of the checkpoint in its order as dataset.classes"
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), naming(path), Bounded(checkpoint["state_dict"]):
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next
         method: Stage = instantiate(target, values, "method", num_classes=len(known), classes=known)
-    if said := misfit(method.state_dict(), checkpoint["state_dict"]):
+    ours, theirs = method.state_dict(), checkpoint["state_dict"]
+    if said := misfit(ours, theirs):
         raise InputError(f"checkpoint {path} does not fit {type(method).__name__}: it {said}")
-    method.load_state_dict(checkpoint["state_dict"])
+    if odd := [name for name in ours if ours[name].is_floating_point() != theirs[name].is_floating_point()]:
+        raise InputError(f"checkpoint {path} has another kind of numbers in {', '.join(odd[:3])} ({len(odd)} in all)")
+    method.load_state_dict(theirs)
     method.mean, method.std = (tuple(origin.get(key, getattr(method, key))) for key in ("mean", "std"))
     if not origin.get("has_background", True):
         method.without_background()

@@ -150,15 +150,10 @@ def flatten(node: Any, key: str = "") -> dict[str, Any]:
     return {k: v for path, value in inner for k, v in flatten(value, path).items()}
 
 
-def is_option_name(name: object) -> bool:
-    """Whether a value can name an option of a group: no path, no grammar."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*", name) is not None
-
-
-def method_options(directories: Sequence[str] = ()) -> list[str]:
-    """Names of the group method in conf/ and in further directories of configuration."""
+def group_options(group: str, directories: Sequence[str] = ()) -> list[str]:
+    """Names of a group's options in conf/ and in further directories of configuration."""
     with composing(directories) as search_path:
-        return GlobalHydra.instance().config_loader().get_group_options("method", overrides=search_path)
+        return GlobalHydra.instance().config_loader().get_group_options(group, overrides=search_path)
 
 
 def method_option(name: str, directories: Sequence[str] = ()) -> DictConfig:
@@ -167,7 +162,7 @@ def method_option(name: str, directories: Sequence[str] = ()) -> DictConfig:
     Raises:
         InputError: there is none of this name.
     """
-    known = method_options(directories)
+    known = group_options("method", directories)
     if name not in known:
         raise InputError(f"method={name!r} does not exist: known are {', '.join(known)}")
     with composing(directories) as search_path:

@@ -7,13 +7,14 @@ from omegaconf import DictConfig
 
 from wsss import InputError, printable
 from wsss.commandline import run_command
-from wsss.config import call_checked, extra_directories, plain_values, stored_values
+from wsss.config import call_checked, extra_directories, given_values, plain_values
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
     from wsss.assemble import (
         build_trainer,
+        checked_values,
         fit_sizes,
         load_method,
         notes_on,
@@ -34,8 +35,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     out = Path(run.runtime.output_dir)
     checkpoint = read_checkpoint(cfg.checkpoint, extra_directories())
     origin = checkpoint["wsss"]
-    stored = origin["dataset_values"] if origin.get("dataset") == run.runtime.choices["dataset"] else {}
-    values = stored_values(cfg.dataset, stored, "dataset")
+    stored = origin.get("dataset_values", {}) if origin.get("dataset") == run.runtime.choices["dataset"] else {}
+    values = checked_values(cfg, "dataset", stored)
+    if "root" in stored and not given_values(run.overrides.task, "dataset.root"):
+        print(f"dataset.root={values['root']}, as the checkpoint says")
     values = with_classes(cfg.dataset._target_, values, origin.get("classes", ()))
     val, skipped = open_images(cfg.dataset._target_, values, "val", cfg.on_bad_image, cfg.data.num_workers)
     if val is None:

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import pickletools
 import re
 import reprlib
 import textwrap
@@ -21,6 +20,7 @@ from numpy.lib import format as npy
 from PIL import Image, ImageFile, ImageOps, features
 
 from wsss import InputError
+from wsss.pickles import PlainUnpickler, check_key
 
 PathLike = str | os.PathLike[str]
 MASK_IDS = "0 (background), c+1 (class c) and 255 (ignore)"
@@ -175,17 +175,31 @@ class _Scalar(_Array):
         self.__setstate__(((), dtype, False, raw))
 
 
+def _mapping(items: Sequence[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    """Stands in for OrderedDict, to which Python 2 gave its items."""
+    for key, _ in items:
+        check_key(key)
+    return dict(items)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stands in for codecs.encode, by which protocol 2 writes bytes as text."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it holds text to be written as {reprlib.repr(encoding)}")
+    return text.encode("latin1")
+
+
 _STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.multiarray", "scalar"): _Scalar,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("collections", "OrderedDict"): dict,
-    ("_codecs", "encode"): str.encode,  # protocol 2 writes bytes as text; str.encode has no zip codecs
+    ("collections", "OrderedDict"): _mapping,
+    ("_codecs", "encode"): _encode,
 }
 
 
-class _LabelUnpickler(pickle.Unpickler):
+class _LabelUnpickler(PlainUnpickler):
     """Builds containers, numbers, strings and the stand-ins above; imports nothing.
 
     numpy's own classes stay out too: a forged dtype state makes them take raw bytes for object pointers.
@@ -199,9 +213,6 @@ class _LabelUnpickler(pickle.Unpickler):
 
 
 def _unpickle(data: bytes) -> Any:
-    for opcode, argument, _ in pickletools.genops(data):  # refuses lengths beyond the end of the data
-        if "PUT" in opcode.name and int(argument or 0) > len(data):  # pickle would allocate up to this index
-            raise pickle.UnpicklingError(f"its memo index {argument} is too large")
     return _LabelUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 

@@ -1,5 +1,6 @@
 """The protocol: how predictions are made before they are compared with masks, to be stated beside every figure."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,7 @@ class Protocol:
         for name in ("max_side", "size"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise InputError(f"protocol.{name} is {side}: expected a positive number of pixels or null")
-        if not self.scales or min(self.scales) <= 0:
-            raise InputError(f"protocol.scales is {list(self.scales)}: expected one or more positive factors")
+        check_scales("protocol.scales", self.scales)
 
     def describe(self, split: str, cam_scales: Sequence[float], background_threshold: float) -> dict[str, str]:
         """For each kind of figure the sentence that has to stand beside it."""
@@ -69,6 +69,16 @@ class Protocol:
             "map": f"{split}, single scale, {size}, macro average over the classes that occur",
             "image_map": f"{split}, single scale, {size}, average over the images (MCTformer's mAP)",
         }
+
+
+def check_scales(key: str, scales: Sequence[float]) -> None:
+    """Whether factors of an image's size are some that an evaluation can be made with.
+
+    Raises:
+        InputError: they are not; `key` names them.
+    """
+    if not 1 <= len(scales) <= 32 or not all(0 < scale <= 16 for scale in scales):
+        raise InputError(f"{key} is {reprlib.repr(list(scales))}: expected 1 to 32 factors, each above 0 and up to 16")
 
 
 def _listed(scales: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from wsss.cam import (
     resize_ids,
 )
 from wsss.evaluation.metrics import evaluation
+from wsss.evaluation.protocol import check_scales
 from wsss.methods.stage import Stage
 from wsss.refine.thresholds import cam_to_label
 
@@ -64,6 +65,7 @@ class WSSSModule(Stage):
     ) -> None:
         super().__init__(num_classes, classes, losses, computed)
         self.background_threshold = background_threshold
+        check_scales("cam_scales", cam_scales)
         self.cam_scales = tuple(cam_scales)
         self.metrics = evaluation(num_classes, self.cam_names, background_threshold)
 

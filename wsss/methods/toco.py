@@ -127,7 +127,6 @@ class ToCo(WSSSModule):
             ("local_crops", local_crops),
             ("local_crop_size", local_crop_size),
             ("par_scale", par_scale),
-            *(("cam_scales", scale) for scale in cam_scales),
         ):
             if value <= 0:
                 raise InputError(f"{name} is {value}: expected more than 0")

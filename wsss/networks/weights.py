@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss import InputError
+from wsss.pickles import load_plain
 
 SUFFIXES = {".pth", ".pt", ".bin", ".safetensors"}
 
@@ -65,7 +66,7 @@ def read_content(path: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except Exception as error:  # whatever a damaged or hostile file provokes in the readers
         raise InputError(
             f"weights file {path} cannot be read as a file of tensors: {why_unreadable(error, path)}"
