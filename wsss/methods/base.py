@@ -94,8 +94,7 @@ class WSSSModule(Stage):
     @torch.no_grad()
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
         """`forward` at the protocol's size; CAMs multi-scale, in [0, 1), at image size (if `cams`, or without seg)."""
-        if self.protocol.size is not None:
-            image = resize(image, (self.protocol.size, self.protocol.size))
+        image = self.sized(image)
         output = self(image)
         if not cams and output["seg"] is not None:
             return output

@@ -1,0 +1,116 @@
+"""Segmentation networks: DeepLab-LargeFOV on a CNN, and the encoders and decoders of segmentation-models-pytorch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss import InputError
+from wsss.networks.cnn import CNN
+from wsss.networks.vit import create_timm
+from wsss.networks.weights import is_file, misfit, read_state_dict
+
+
+class DeepLabLargeFOV(nn.Module):
+    """DeepLab-LargeFOV as PSA's followers have it: two dilated 3x3 convolutions with biases on a CNN.
+
+    (B, 3, H, W) normalised -> (B, num_ids, h, w), the stride being the backbone's, 8 of ResNet38.
+
+    Args:
+        backbone, weights, backbone_args: see `CNN`.
+        num_ids: 1 + C.
+        channels: between the two convolutions.
+        dilation: of both.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        weights: str | None,
+        backbone_args: Mapping[str, Any],
+        num_ids: int,
+        channels: int = 512,
+        dilation: int = 12,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("dilation", dilation)):
+            if value < 1:
+                raise InputError(f"decoder_args.{name} is {value}: expected at least 1")
+        self.encoder = CNN(backbone, weights, backbone_args)
+        self.fc8_seg_conv1 = nn.Conv2d(self.encoder.channels, channels, 3, padding=dilation, dilation=dilation)
+        self.fc8_seg_conv2 = nn.Conv2d(channels, num_ids, 3, padding=dilation, dilation=dilation)
+        for layer in (self.fc8_seg_conv1, self.fc8_seg_conv2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.encoder(image))))
+
+
+class EncoderDecoder(nn.Module):
+    """Any encoder and decoder of segmentation-models-pytorch.
+
+    (B, 3, H, W) normalised, of any size -> (B, num_ids, H, W).
+
+    Args:
+        backbone: name of an encoder: `tu-` and the name of a timm network, or one of the package's own.
+        decoder: `unet`, `fpn`, `deeplabv3plus`, ...
+        weights: of the encoder: None for random ones, a `.pth` or `.safetensors` file, or the tag of a `tu-` encoder in
+            timm. The package's own downloads are not used, because they do not say which layers found no weights.
+        arguments: of the constructors of decoder and encoder, e.g. `decoder_channels`, `encoder_output_stride`.
+        num_ids: 1 + C.
+
+    Raises:
+        InputError: the package is missing; an unknown name or argument; weights that the encoder does not fit.
+    """
+
+    def __init__(
+        self, backbone: str, decoder: str, weights: str | None, arguments: Mapping[str, Any], num_ids: int
+    ) -> None:
+        super().__init__()
+        try:
+            import segmentation_models_pytorch as smp
+        except ImportError as error:
+            raise InputError(
+                f"decoder {decoder!r} is one of segmentation-models-pytorch, which is not installed: pip install "
+                "'wsss[seg]', or set method.decoder=large_fov"
+            ) from error
+        try:
+            self.body = smp.create_model(decoder, backbone, None, classes=num_ids, **arguments)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(
+                f"decoder {decoder!r} on backbone {backbone!r} with {dict(arguments)} is not one of "
+                f"segmentation-models-pytorch: {reason}"
+            ) from error
+        self.encoder = self.body.encoder
+        if weights is not None:
+            load_encoder(self.encoder, backbone, weights)
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        stride = self.encoder.output_stride
+        padded = F.pad(image, (0, -width % stride, 0, -height % stride))  # by the mean colour
+        return self.body(padded)[..., :height, :width]
+
+
+def load_encoder(encoder: nn.Module, backbone: str, weights: str) -> None:
+    """Weights of an encoder from a file or timm; those of a classifier on top of it are left alone.
+
+    Raises:
+        InputError: the encoder has a tensor that the weights lack, or of another shape.
+    """
+    timm_name = backbone.removeprefix("tu-")
+    if timm_name != backbone:
+        found = create_timm(timm_name, weights, {}).state_dict()
+        (encoder,) = encoder.children()
+    elif is_file(weights):
+        found = read_state_dict(weights)
+    else:
+        raise InputError(f"weights {weights!r} of backbone {backbone!r}: give a file, or take tu-{backbone} and a tag")
+    # timm calls stages.0 stages_0 where it hands on features
+    theirs = {name.replace(".", "_"): tensor for name, tensor in found.items()}
+    state = {name: theirs[key] for name in encoder.state_dict() if (key := name.replace(".", "_")) in theirs}
+    if said := misfit(encoder.state_dict(), state):
+        raise InputError(f"weights {weights} do not fit the encoder {backbone}: they {said}")
+    encoder.load_state_dict(state)
