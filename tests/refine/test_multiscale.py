@@ -221,3 +221,17 @@ def test_no_gradient_is_kept(network: Network, image: Tensor) -> None:
     assert network(image).requires_grad
     assert not multiscale_cam(network, image).requires_grad
     assert not multiscale_seg(network, image, (5, 5), (1.0, 0.5), "max").requires_grad
+
+
+@pytest.mark.parametrize("flip", ["none", "sum"])
+def test_probabilities_are_fused_at_the_size_of_the_result(network: Network, image: Tensor, flip: str) -> None:
+    found = multiscale_seg(network, image, (21, 15), (0.5, 1.0), flip, "max", softmax=True, align_corners=True)
+    maps = []
+    for scale in (0.5, 1.0):
+        size = (int(13 * scale), int(18 * scale))
+        at_scale = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
+        scores = bilinear(network(at_scale), 21, 15).softmax(1)
+        if flip == "sum":
+            scores = scores + mirrored(bilinear(network(mirrored(at_scale)), 21, 15).softmax(1))
+        maps.append(scores)
+    torch.testing.assert_close(found, torch.maximum(*maps).detach())

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from wsss.cam import resize
 from wsss.evaluation.metrics import SegmentationIoU
 from wsss.methods.stage import Stage
-from wsss.networks.segmenters import DeepLabLargeFOV, EncoderDecoder
+from wsss.networks.segmenters import build_segmenter
 from wsss.optim import stepwise, warmup_poly
 
 
@@ -63,15 +63,7 @@ class Segmentation(Stage):
         losses = {"ce": {"weight": 1.0}} if losses is None else losses
         super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
         self.save_hyperparameters()
-        backbone_args, decoder_args = (
-            {k: v for k, v in (a or {}).items() if v is not None} for a in (backbone_args, decoder_args)
-        )
-        self.network: DeepLabLargeFOV | EncoderDecoder
-        if decoder == "large_fov":
-            self.network = DeepLabLargeFOV(backbone, weights, backbone_args, 1 + num_classes, **decoder_args)
-        else:
-            arguments = {**backbone_args, **decoder_args}
-            self.network = EncoderDecoder(backbone, decoder, weights, arguments, 1 + num_classes)
+        self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
         self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

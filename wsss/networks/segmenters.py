@@ -35,8 +35,8 @@ class DeepLabLargeFOV(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("dilation", dilation)):
-            if value < 1:
-                raise InputError(f"decoder_args.{name} is {value}: expected at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"decoder_args.{name} is {value!r}: expected a whole number of at least 1")
         self.encoder = CNN(backbone, weights, backbone_args)
         self.fc8_seg_conv1 = nn.Conv2d(self.encoder.channels, channels, 3, padding=dilation, dilation=dilation)
         self.fc8_seg_conv2 = nn.Conv2d(channels, num_ids, 3, padding=dilation, dilation=dilation)
@@ -112,5 +112,31 @@ def load_encoder(encoder: nn.Module, backbone: str, weights: str) -> None:
     theirs = {name.replace(".", "_"): tensor for name, tensor in found.items()}
     state = {name: theirs[key] for name in encoder.state_dict() if (key := name.replace(".", "_")) in theirs}
     if said := misfit(encoder.state_dict(), state):
-        raise InputError(f"weights {weights} do not fit the encoder {backbone}: they {said}")
+        raise InputError(f"weights {weights!r}: what they name does not fit the encoder {backbone}, it {said}")
     encoder.load_state_dict(state)
+
+
+def build_segmenter(
+    backbone: str,
+    weights: str | None,
+    backbone_args: Mapping[str, Any] | None,
+    decoder: str,
+    decoder_args: Mapping[str, Any] | None,
+    num_ids: int,
+) -> DeepLabLargeFOV | EncoderDecoder:
+    """The network of a decoder by its name, `large_fov` or one of segmentation-models-pytorch, from plain values.
+
+    None leaves an argument as it is.
+
+    Raises:
+        InputError: as the networks, and for an unknown argument.
+    """
+    body, head = (
+        {name: value for name, value in (given or {}).items() if value is not None}
+        for given in (backbone_args, decoder_args)
+    )
+    if decoder != "large_fov":
+        return EncoderDecoder(backbone, decoder, weights, body | head, num_ids)
+    if unknown := head.keys() - {"channels", "dilation"}:
+        raise InputError(f"decoder_args.{min(unknown)}: large_fov takes channels, dilation")
+    return DeepLabLargeFOV(backbone, weights, body, num_ids, **head)
