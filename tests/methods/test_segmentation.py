@@ -197,6 +197,9 @@ def test_weights_of_an_encoder(smp: Any, tmp_path: Path) -> None:
     theirs = {n: p for n, p in network.named_parameters() if not n.startswith("fc.")}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    assert len(stage.loaded) == 1
+    assert str(tmp_path / "x.pth") in stage.loaded[0]
+    assert stage.mean == tuple(network.pretrained_cfg["mean"])
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,6 @@ def test_what_the_package_does_not_know(smp: Any, arguments: dict[str, Any], sai
 
 def test_every_layer_of_an_encoder_needs_weights(tmp_path: Path) -> None:
     encoder = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    torch.save({"0.weight": torch.ones(2, 2), "head.weight": torch.ones(1)}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match=r"does not fit the encoder own, it lacks 0.bias"):
+    torch.save({"0.weight": torch.ones(2, 2), "fc.weight": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"does not fit the encoder own: it lacks 0\.bias"):
         load_encoder(encoder, "own", str(tmp_path / "x.pth"))

@@ -64,6 +64,7 @@ class Segmentation(Stage):
         super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
         self.save_hyperparameters()
         self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
+        self.mean, self.std = self.network.normalisation or (self.mean, self.std)
         self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -85,12 +86,10 @@ class Segmentation(Stage):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         lr, own = self.hparams.lr, set(self.network.encoder.parameters())
-        groups = [
-            {"params": [p for p in self.parameters() if p.requires_grad and p in own], "lr": lr},
-            {
-                "params": [p for p in self.parameters() if p.requires_grad and p not in own],
-                "lr": self.hparams.head_lr_factor * lr,
-            },
+        learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in learnt if p in own], "lr": lr},
+            {"params": [p for p in learnt if p not in own], "lr": self.hparams.head_lr_factor * lr},
         ]
         optimizer = SGD(groups, momentum=self.hparams.momentum, weight_decay=self.hparams.weight_decay)
         return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.networks.cnn import CNN
 from wsss.networks.vit import create_timm
-from wsss.networks.weights import is_file, misfit, read_state_dict
+from wsss.networks.weights import is_file, load_weights, misfit, read_state_dict
+
+Normalisation = tuple[Any, Any]
+"""Mean and standard deviation of the colours that weights were made with."""
 
 
 class DeepLabLargeFOV(nn.Module):
@@ -38,6 +41,7 @@ class DeepLabLargeFOV(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"decoder_args.{name} is {value!r}: expected a whole number of at least 1")
         self.encoder = CNN(backbone, weights, backbone_args)
+        self.normalisation = self.encoder.normalisation
         self.fc8_seg_conv1 = nn.Conv2d(self.encoder.channels, channels, 3, padding=dilation, dilation=dilation)
         self.fc8_seg_conv2 = nn.Conv2d(channels, num_ids, 3, padding=dilation, dilation=dilation)
         for layer in (self.fc8_seg_conv1, self.fc8_seg_conv2):
@@ -56,7 +60,7 @@ class EncoderDecoder(nn.Module):
         backbone: name of an encoder: `tu-` and the name of a timm network, or one of the package's own.
         decoder: `unet`, `fpn`, `deeplabv3plus`, ...
         weights: of the encoder: None for random ones, a `.pth` or `.safetensors` file, or the tag of a `tu-` encoder in
-            timm. The package's own downloads are not used, because they do not say which layers found no weights.
+            timm. The package's own downloads are not used: they do not say which layers found no weights.
         arguments: of the constructors of decoder and encoder, e.g. `decoder_channels`, `encoder_output_stride`.
         num_ids: 1 + C.
 
@@ -84,8 +88,10 @@ class EncoderDecoder(nn.Module):
                 f"segmentation-models-pytorch: {reason}"
             ) from error
         self.encoder = self.body.encoder
+        self.loaded: str | None = None
+        self.normalisation: Normalisation | None = None
         if weights is not None:
-            load_encoder(self.encoder, backbone, weights)
+            self.loaded, self.normalisation = load_encoder(self.encoder, backbone, weights)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -94,26 +100,29 @@ class EncoderDecoder(nn.Module):
         return self.body(padded)[..., :height, :width]
 
 
-def load_encoder(encoder: nn.Module, backbone: str, weights: str) -> None:
-    """Weights of an encoder from a file or timm; those of a classifier on top of it are left alone.
+def load_encoder(encoder: Any, backbone: str, weights: str) -> tuple[str, Normalisation | None]:
+    """All weights of an encoder from a file or timm, in words which, and how its images are normalised, if timm says.
 
     Raises:
-        InputError: the encoder has a tensor that the weights lack, or of another shape.
+        InputError: tensors are missing, unknown, or of another shape; there is no such tag.
     """
     timm_name = backbone.removeprefix("tu-")
-    if timm_name != backbone:
-        found = create_timm(timm_name, weights, {}).state_dict()
-        (encoder,) = encoder.children()
-    elif is_file(weights):
-        found = read_state_dict(weights)
-    else:
-        raise InputError(f"weights {weights!r} of backbone {backbone!r}: give a file, or take tu-{backbone} and a tag")
-    # timm calls stages.0 stages_0 where it hands on features
-    theirs = {name.replace(".", "_"): tensor for name, tensor in found.items()}
-    state = {name: theirs[key] for name in encoder.state_dict() if (key := name.replace(".", "_")) in theirs}
-    if said := misfit(encoder.state_dict(), state):
-        raise InputError(f"weights {weights!r}: what they name does not fit the encoder {backbone}, it {said}")
-    encoder.load_state_dict(state)
+    if timm_name == backbone:
+        if not is_file(weights):
+            raise InputError(
+                f"weights {weights!r} of backbone {backbone}: give a file, or take tu-{backbone} and a tag"
+            )
+        return load_weights(encoder, f"the encoder {backbone}", weights, read_state_dict(weights)), None
+    network, loaded = create_timm(timm_name, weights, {})
+    # timm calls stages.0 stages_0 where it hands on features, and leaves out what follows the last of them
+    theirs = {name.replace(".", "_"): tensor for name, tensor in network.state_dict().items()}
+    own = encoder.model.state_dict()
+    state = {name: theirs[key] for name in own if (key := name.replace(".", "_")) in theirs}
+    if said := misfit(own, state):
+        raise InputError(f"weights {weights} of {timm_name} do not fit the encoder {backbone}, which {said}")
+    encoder.model.load_state_dict(state)
+    settings: Any = network.pretrained_cfg
+    return str(loaded), (tuple(settings["mean"]), tuple(settings["std"]))
 
 
 def build_segmenter(
