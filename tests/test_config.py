@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from wsss.commandline import order_arguments
 from wsss.config import config_dir, given_values, quote
+from wsss.evaluation.protocol import Protocol
 
 CONF = config_dir()
 GIVEN_BY_THE_COMMAND = {"method": {"num_classes", "classes"}, "dataset": {"split"}}
@@ -41,6 +42,11 @@ def test_file_and_signature_agree(path: Any) -> None:
         if default in (None, inspect.Parameter.empty) or "${" in str(value):
             continue  # a dict's default is what the parts of the class default to; test_toco compares them
         assert (list(default) if isinstance(default, tuple) else default) == value, name
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("protocol/*.yaml")), ids=str)
+def test_protocols_name_all_there_is(path: Any) -> None:
+    assert set(OmegaConf.load(path)) == set(inspect.signature(Protocol).parameters)  # type: ignore[call-overload]
 
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:

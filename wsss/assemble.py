@@ -30,6 +30,7 @@ from wsss.config import (
 from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
+from wsss.data.pseudo import PIXELS, PseudoMasks
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit
@@ -55,6 +56,9 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, settings["num_workers"])
         for split in ("train", "val")
     )
+    if cfg.pseudo_masks is not None and train is not None:
+        train, unmasked = add_pixels(train, cfg.pseudo_masks, cfg.on_bad_image, settings["num_workers"])
+        bad += unmasked
     data = call_checked(DataModule, settings, "data", train=train, val=val, transform=transform, seed=cfg.seed)
     notes = notes_on(cfg.dataset._target_, values)
     if data.train is not None and data.train.labels is not None:
@@ -100,6 +104,42 @@ def open_images(
         if wrong := masks_misfit(some.values(), images.classes):
             raise InputError(wrong)
     return (images if len(images) else None), bad
+
+
+def add_pixels(images: Images, folder: str, on_bad_image: str, num_workers: int) -> tuple[PseudoMasks, list[str]]:
+    """The images with their pseudo masks, and a sentence for each that is left out because its mask cannot be used.
+
+    Raises:
+        InputError: an image has no mask; or none of the masks can be used.
+    """
+    masked = PseudoMasks(images, folder)
+    if on_bad_image != "skip":
+        return masked, []
+    seen, bad = inspect_all(masked, "pseudo masks", num_workers)
+    if bad and not seen:
+        raise InputError(f"none of the {len(bad)} pseudo masks in {folder} can be used: {bad[0]}")
+    return (PseudoMasks(ImageSubset(images, list(seen)), folder) if bad else masked), bad
+
+
+def check_views(method: "Stage", data: DataModule, name: str, transform: str | None) -> None:
+    """Whether a training batch holds what a method learns from; `name` and `transform` are what the user chose.
+
+    Raises:
+        InputError: it does not; or there are pseudo masks that the method does not learn from.
+    """
+    given = isinstance(data.train, PseudoMasks)
+    if given and PIXELS not in method.views:
+        raise InputError(f"{name} learns from image labels and has no use for pseudo_masks: leave the setting out")
+    if PIXELS in method.views and not given:
+        raise InputError(
+            f"{name} learns from masks: add pseudo_masks=FOLDER with one of every training image, as wsss-predict and "
+            "wsss-label write them to OUT/masks"
+        )
+    if missing := [view for view in method.views if view not in data.first_item()]:
+        raise InputError(
+            f"{name} learns from the views {', '.join(missing)}, which transform={transform} does not make: choose "
+            f"another transform, e.g. transform={name}"
+        )
 
 
 def inspect_all(images: Images, what: str, num_workers: int) -> tuple[dict[int, dict[str, Any]], list[str]]:

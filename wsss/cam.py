@@ -13,9 +13,10 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def rescale(image: Tensor, scale: float) -> Tensor:
-    """`resize` by a factor, sides rounded down."""
-    return resize(image, [int(scale * side) for side in image.shape[-2:]])
+def rescale(image: Tensor, scale: float, align_corners: bool = False) -> Tensor:
+    """`resize` by a factor, sides rounded down; or with the corner pixels' centres kept in place."""
+    size = [int(scale * side) for side in image.shape[-2:]]
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def resize_ids(ids: Tensor, size: Sequence[int]) -> Tensor:
@@ -155,6 +156,8 @@ def multiscale_seg(
     scales: Sequence[float] = (1.0,),
     flip: str = "none",
     fusion: str = "max",
+    softmax: bool = False,
+    align_corners: bool = False,
 ) -> Tensor:
     """Class scores (B, K, *size) of several scales and mirror images.
 
@@ -165,15 +168,17 @@ def multiscale_seg(
         scales: factors of the image size.
         flip: how plain and mirrored scores become one, `sum`, `max`, or `none` for the plain ones alone.
         fusion: how scales become one, `max` or `sum`.
+        softmax: fuse probabilities instead of scores.
+        align_corners: how images are resized to a scale.
     """
     fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
     total: Tensor | None = None
     for scale in scales:
-        scaled = image if scale == 1.0 else rescale(image, scale)
-        if flip == "none":
-            scores = resize(seg(scaled), size)
-        else:
-            plain, mirrored = resize(seg(torch.cat([scaled, scaled.flip(-1)])), size).chunk(2)
+        scaled = image if scale == 1.0 else rescale(image, scale, align_corners)
+        scores = resize(seg(scaled if flip == "none" else torch.cat([scaled, scaled.flip(-1)])), size)
+        scores = scores.softmax(1) if softmax else scores
+        if flip != "none":
+            plain, mirrored = scores.chunk(2)
             scores = fuse[flip](plain, mirrored.flip(-1))
         total = scores if total is None else fuse[fusion](total, scores)
     assert total is not None  # a protocol has at least one scale

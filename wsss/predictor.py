@@ -27,7 +27,8 @@ class Prediction:
 
     Attributes:
         mask: uint8 (H, W): 0 background, c + 1 for class c.
-        scores: probability of every class, by name, that the classifier finds.
+        scores: probability of every class, by name, that the classifier finds; of a network without a classifier the
+            largest probability that a pixel of a single pass gives to a class, for those in the mask.
         cams: class activation maps, float32 in [0, 1], of these classes by name; None unless asked for. They are
             (H, W) too, or of the reduced size where the photograph was reduced.
     """
@@ -42,7 +43,7 @@ class Predictor:
 
     Args:
         method: a method with its weights.
-        class_threshold: probability above which the classifier calls a class present.
+        class_threshold: probability above which the classifier, where there is one, calls a class present.
         max_side: larger photographs are reduced to this for the network, and their masks enlarged again. It takes
             the place of the protocol's.
     """
@@ -62,6 +63,11 @@ class Predictor:
         self.method.to(device)
         return self
 
+    def require_cams(self) -> None:
+        """Raises InputError where the method makes no class activation maps."""
+        if not self.method.cam_names:
+            raise InputError(f"{type(self.method).__name__} makes no class activation maps: ask for masks alone")
+
     @overload
     def predict(self, images: Photograph, cams: bool = False) -> Prediction: ...
 
@@ -76,7 +82,8 @@ class Predictor:
             cams: also give the class activation maps.
 
         Raises:
-            InputError: something that is no photograph, or one too small for the network.
+            InputError: something that is no photograph, or one too small for the network; maps of a method that makes
+                none.
         """
         if isinstance(images, list | tuple):
             return [self.predict(image, cams) for image in images]
@@ -86,14 +93,20 @@ class Predictor:
     @torch.no_grad()
     def predict_reduced(self, photo: np.ndarray, size: Sequence[int], cams: bool = False) -> Prediction:
         """`predict` of one photograph of a size (H, W) that is `reduced` to `max_side` already."""
+        if cams:
+            self.require_cams()
         image, work = self.normalise(photo)[None].to(self.method.device), photo.shape[:2]
         output = self.method.infer(image, cams=cams)
-        probability = output["logits"].sigmoid()  # (1, C)
-        present = probability > self.class_threshold
+        if "logits" in output:
+            probability = output["logits"].sigmoid()  # (1, C)
+            present = probability > self.class_threshold
         if output["seg"] is not None:
             ids = self.method.segment(image, work, output["seg"]).argmax(1)
         else:
             ids = cam_to_label(resize(output["cam"], work), present.float(), self.method.background_threshold)
+        if "logits" not in output:
+            probability = output["seg"].softmax(1)[:, 1:].amax(dim=(-2, -1))
+            present = torch.bincount(ids.flatten(), minlength=1 + len(self.classes))[None, 1:] > 0
         mask = resize_ids(ids[0].to(torch.uint8).cpu(), size).numpy()
         found = present[0].nonzero()[:, 0].tolist()
         maps: dict[str, np.ndarray] | None = None

@@ -91,6 +91,8 @@ def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
     if not isinstance(stored, dict) or not stored:
         raise InputError(f"{path} holds no configuration of a run: put it back, or give another hydra.run.dir")
     ours, theirs = flatten(OmegaConf.to_container(cfg, resolve=True)), flatten(stored)
+    if (read_json(run / "run.json") or {}).get("wsss") != __version__:  # which perhaps did not know all keys
+        ours = {key: value for key, value in ours.items() if key in theirs}
     return [key for key in ours | theirs if key != "resume" and ours.get(key, ...) != theirs.get(key, ...)]
 
 

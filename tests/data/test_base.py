@@ -17,7 +17,7 @@ from wsss.data.datamodule import DataModule
 from wsss.data.folder import Folder
 from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
-from wsss.data.transforms import FlipCrop, LongSideCrop, RandAugmentCrop, ToCoViews, Views
+from wsss.data.transforms import FlipCrop, LongSideCrop, RandAugmentCrop, ScaleCrop, ToCoViews, Views
 from wsss.data.voc import VOC
 
 
@@ -101,7 +101,11 @@ def test_items_hold_the_pseudo_mask_and_no_true_one(pseudo: PseudoMasks) -> None
     assert "mask" not in with_truth[0]
 
 
-@pytest.mark.parametrize("transform", [FlipCrop(64), LongSideCrop(64, (40, 90), (0, 0, 0, 0))], ids=["flip", "long"])
+@pytest.mark.parametrize(
+    "transform",
+    [FlipCrop(64), LongSideCrop(64, (40, 90), (0, 0, 0, 0)), ScaleCrop(64, (0.8, 2.0))],
+    ids=["flip", "long", "scale"],
+)
 def test_pixels_follow_the_image(pseudo: PseudoMasks, transform: Any) -> None:
     module = DataModule(pseudo, transform=transform, batch_size=1, num_workers=0)
     loader = iter(module.train_dataloader())
@@ -118,12 +122,25 @@ def test_pixels_follow_the_image(pseudo: PseudoMasks, transform: Any) -> None:
         assert ((image > 0) == (mask == 1))[inside].double().mean() > 0.9  # all but the border between them
 
 
-def test_scores_follow_too() -> None:
+@pytest.mark.parametrize("transform", [FlipCrop(30, (1.0, 1.0)), ScaleCrop(30, (1.0, 1.0))], ids=["flip", "scale"])
+def test_scores_follow_too(transform: Any) -> None:
     ramp = np.linspace(0, 1, 48, dtype=np.float32)[None, :, None].repeat(40, 0)
     views: Views = {"image": (255 * ramp).repeat(3, 2).astype(np.uint8), "scores": ramp}
-    found = FlipCrop(30, (1.0, 1.0))(views, np.random.default_rng(1))
+    found = transform(views, np.random.default_rng(1))
     assert found["scores"].shape == (30, 30, 1)
     assert np.abs(found["scores"][..., 0] - found["image"][..., 0] / 255).max() < 0.01
+
+
+def test_around_an_image_is_nothing_or_as_released_background() -> None:
+    views: Views = {"image": np.full((10, 12, 3), 200, np.uint8), "pseudo_mask": np.ones((10, 12), np.uint8)}
+    for padding in (255, 0):
+        found = ScaleCrop(16, (1.0, 1.0), padding)(dict(views), np.random.default_rng(0))
+        assert found["image_box"].tolist() == [0, 10, 0, 12]
+        assert (found["pseudo_mask"][10:] == padding).all()
+        assert (found["pseudo_mask"][:10, :12] == 1).all()
+        assert np.allclose(found["image"][:, 12:] / 255, ScaleCrop.mean)
+    with pytest.raises(InputError, match=r"transform\.padding is 3"):
+        ScaleCrop(padding=3)
 
 
 @pytest.mark.parametrize("transform", [ToCoViews(32), RandAugmentCrop(32)], ids=["toco", "randaugment"])

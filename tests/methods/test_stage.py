@@ -15,6 +15,7 @@ from wsss.data.datamodule import DataModule
 from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
 from wsss.data.transforms import FlipCrop
+from wsss.evaluation.protocol import Protocol
 from wsss.methods.stage import Stage
 
 
@@ -63,6 +64,9 @@ def test_trained_written_and_restored(data: DataModule, tmp_path: Path) -> None:
     assert torch.equal(seg, again(image)["seg"])
     # inference under a protocol is every stage's
     assert torch.equal(stage.segment(image, (8, 8), seg), seg)
+    assert torch.equal(stage.infer(image)["seg"], seg)
+    stage.protocol = Protocol(softmax="before")
+    assert torch.equal(stage.segment(image, (8, 8), seg), seg.softmax(1))
     stage.without_background()
     assert (stage.segment(image, (8, 8), seg).argmax(1) > 0).all()
 

@@ -257,3 +257,17 @@ def test_an_image_is_reduced_as_pil_does() -> None:
     expected = torch.from_numpy(np.array(colours)).permute(2, 0, 1)[None]
     torch.testing.assert_close(reduce(image, 100), expected, atol=1, rtol=0)
     torch.testing.assert_close(reduce(image.float(), 100), expected.float(), atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("flip", ["none", "sum"])
+def test_probabilities_are_fused_at_the_size_of_the_result(network: Network, image: Tensor, flip: str) -> None:
+    found = multiscale_seg(network, image, (21, 15), (0.5, 1.0), flip, "max", softmax=True, align_corners=True)
+    maps = []
+    for scale in (0.5, 1.0):
+        size = (int(13 * scale), int(18 * scale))
+        at_scale = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
+        scores = bilinear(network(at_scale), 21, 15).softmax(1)
+        if flip == "sum":
+            scores = scores + mirrored(bilinear(network(mirrored(at_scale)), 21, 15).softmax(1))
+        maps.append(scores)
+    torch.testing.assert_close(found, torch.maximum(*maps).detach())

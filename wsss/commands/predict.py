@@ -37,6 +37,8 @@ def predict(cfg: DictConfig) -> int:
     folder = MaskFolder(out)
     method: Any = load_method(cfg, read_checkpoint(cfg.checkpoint, extra_directories()))
     predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.cam:
+        predictor.require_cams()
     names, ids = output_names(paths), {name: c + 1 for c, name in enumerate(method.classes)}
     loader: DataLoader[Any] = DataLoader(
         Photographs(list(paths.values()), cfg.max_side),

@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     """
     import pytorch_lightning as pl
 
-    from wsss.assemble import build_data, build_method, fit_sizes
+    from wsss.assemble import build_data, build_method, check_views, fit_sizes
 
     choices = HydraConfig.get().runtime.choices
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -99,17 +99,13 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     if data.val is not None:
         data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
         skipped += small
-    if missing := [view for view in method.views if view not in data.first_item()]:
-        raise InputError(
-            f"{choices['method']} learns from the views {', '.join(missing)}, which transform="
-            f"{choices.get('transform')} does not make: choose another transform, e.g. transform={choices['method']}"
-        )
+    check_views(method, data, choices["method"], choices.get("transform"))
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:
         without = "" if data.has_masks else " without masks"
         raise InputError(
             f"monitor={cfg.monitor} is not a figure of {choices['method']}{without}: known are "
-            f"{', '.join(known) or 'none, so that monitor=null is left'}"
+            f"{', '.join(known) or 'none'}; monitor=null keeps the last checkpoint alone"
         )
     dataset = plain_values(cfg.dataset, "dataset")
     method.origin = {

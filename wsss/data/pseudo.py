@@ -34,6 +34,7 @@ class PseudoMasks(Images):
     def __init__(self, source: PlainImages, folder: str) -> None:
         self.source, self.folder = as_images(source), Path(folder).expanduser()
         self.classes, self.has_background = self.source.classes, self.source.has_background
+        self.images, self.labels = self.source.images, self.source.labels
         if missing := [image_id for image_id in self.ids if not self._path(image_id).is_file()]:
             raise InputError(
                 f"{len(missing)} of {len(self)} images have no pseudo mask in {self.folder} ({first_names(missing)}): "

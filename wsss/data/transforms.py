@@ -326,6 +326,52 @@ class LongSideCrop:
         return random_crop(views, self.crop_size, rng, np.array(self.mean, np.float32) * 255)
 
 
+class ScaleCrop:
+    """The training transform of DeepLab as PSA's followers train it: random scale, mirror image, crop.
+
+    OpenCV's bilinear filter on floats, ids by the nearest. Where the image ends at the right and below, the crop shows
+    the mean colour, 0 once it is normalised. The released code draws one scale for a batch, this one for an image.
+
+    Args:
+        crop_size: side of the square view.
+        scale: smallest and largest factor of the image size.
+        padding: id of the mask's pixels where the image ends: 255 leaves them out, 0, the released code's, makes
+            background of them.
+    """
+
+    mean = (0.485, 0.456, 0.406)
+
+    def __init__(self, crop_size: int = 321, scale: Sequence[float] = (0.7, 1.3), padding: int = 255) -> None:
+        if padding not in (0, 255):
+            raise InputError(f"transform.padding is {padding}: expected 255 (left out) or 0 (background)")
+        self.crop_size, self.scale = _check(crop_size, scale)
+        self.padding = np.uint8(padding)
+
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        size, (height, width) = self.crop_size, scaled_size(views["image"], rng.uniform(*self.scale))
+        views = {name: self.resize(view, (width, height)) for name, view in views.items()}
+        if rng.random() > 0.5:
+            views = mirror_all(views)
+        top, left = (int(rng.random() * (side - size)) if side > size else 0 for side in (height, width))
+        box = np.array([0, min(size, height - top), 0, min(size, width - left)], np.int64)
+        cut = {
+            name: pad(view[top : top + size, left : left + size], box, size, self.around(name, view))
+            for name, view in views.items()
+        }
+        return cut | {"image_box": box}
+
+    @staticmethod
+    def resize(view: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if view.ndim == 2:
+            return cv2.resize(view, size, interpolation=cv2.INTER_NEAREST)
+        return cv2.resize(view.astype(np.float32), size, interpolation=cv2.INTER_LINEAR).reshape(*size[::-1], -1)
+
+    def around(self, name: str, view: np.ndarray) -> np.ndarray:
+        if view.ndim == 2:
+            return np.asarray(self.padding)
+        return np.array(self.mean, np.float32) * 255 if name == "image" else np.zeros((), np.float32)
+
+
 class RandAugmentCrop:
     """The training transform of DeiT and MCTformer, timm's: random resized crop, mirror image, RandAugment, erasing.
 

@@ -21,6 +21,9 @@ class Protocol:
         scales: factors of that size at which the segmentation is computed.
         flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum` or `max`.
         fusion: how its scales are fused: `max` or `sum`.
+        softmax: scores are fused as they are and softmax makes probabilities of them `after`, or they are brought to
+            probabilities `before`; those of several scales then do not sum to 1.
+        align_corners: how the image is resized to a scale.
         crf: arguments of `wsss.refine.crf.dense_crf` for the segmentation; None for no CRF.
         image_labels: `true`: CAMs are cut to the labels of the image, as the field does; `predicted`: to the
             classes with a probability above one half.
@@ -31,6 +34,8 @@ class Protocol:
     scales: Sequence[float] = (1.0,)
     flip: str = "none"
     fusion: str = "max"
+    softmax: str = "after"
+    align_corners: bool = False
     crf: Mapping[str, Any] | None = None
     image_labels: str = "true"
 
@@ -39,6 +44,7 @@ class Protocol:
             ("image_labels", ("true", "predicted")),
             ("flip", ("none", "sum", "max")),
             ("fusion", ("max", "sum")),
+            ("softmax", ("after", "before")),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"protocol.{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
@@ -57,7 +63,8 @@ class Protocol:
         if background_threshold < 0:  # then nothing is chosen
             best = f"{cam}, no background"
         cam += f", threshold {background_threshold:g}" if background_threshold >= 0 else ", no background"
-        seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({self.fusion})"
+        fusion = self.fusion if self.softmax == "after" else f"{self.fusion} of probabilities"
+        seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({fusion})"
         seg += "" if self.flip == "none" else f" with flip ({self.flip})"
         crf = "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
         return {

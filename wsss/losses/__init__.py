@@ -3,7 +3,12 @@
 `build("ptc")` gives a module by the short name of its paper; importing this package needs torch only.
 """
 
-from wsss.losses.cross_entropy import BalancedCrossEntropyLoss, ClassificationLoss
+from wsss.losses.cross_entropy import (
+    BalancedCrossEntropyLoss,
+    ClassificationLoss,
+    ClippedCrossEntropyLoss,
+    CrossEntropyLoss,
+)
 from wsss.losses.energy import DenseEnergyLoss
 from wsss.losses.mctformer import ClassTokenSeparationLoss
 from wsss.losses.ppc import PixelPrototypeContrastLoss
@@ -18,6 +23,8 @@ __all__ = [
     "ClassTokenContrastLoss",
     "ClassTokenSeparationLoss",
     "ClassificationLoss",
+    "ClippedCrossEntropyLoss",
+    "CrossEntropyLoss",
     "DenseEnergyLoss",
     "EquivarianceLoss",
     "EquivariantCrossLoss",

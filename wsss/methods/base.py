@@ -106,9 +106,7 @@ class WSSSModule(Stage):
     @torch.no_grad()
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
         """`forward` at the protocol's size; CAMs multi-scale, in [0, 1), of its size (if `cams`, or without seg)."""
-        image = reduce(image, self.protocol.max_side)
-        if self.protocol.size is not None:
-            image = resize(image, (self.protocol.size, self.protocol.size))
+        image = self.sized(image)
         output = self(image)
         if not cams and output["seg"] is not None:
             return output

@@ -20,8 +20,9 @@ from wsss.writing import check_classes
 class Stage(pl.LightningModule):
     """Base of everything that is trained. A subclass saves its constructor's plain values as `hparams`.
 
-    It gives `training_step`, which ends with `self.combine(terms, weights)`, and what it can of `metrics`, which are
-    logged and reset after an evaluation, `describe` and `illustrate`.
+    It gives `forward(image)`, a dict with the scores `seg` (B, 1 + C, h, w) if it is to predict masks, and
+    `training_step`, which ends with `self.combine(terms, weights)`. It gives what it can of `metrics`, which are logged
+    and reset after an evaluation, `describe` and `illustrate`.
 
     Args:
         num_classes: C, foreground classes only; `classes` are their names, numbers when None.
@@ -32,6 +33,8 @@ class Stage(pl.LightningModule):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     has_background: bool = True
+    cam_names: tuple[str, ...] = ()
+    """The kinds of class activation maps that it makes."""
     start_arguments: tuple[str, ...] = ("weights",)
     """Arguments of the constructor that name files or tags to start from; None where a checkpoint gives the weights."""
     hparams: Any  # Lightning's property, whose type hides the names in it
@@ -93,21 +96,32 @@ class Stage(pl.LightningModule):
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         return denormalise(image, self.mean, self.std)
 
+    def sized(self, image: Tensor) -> Tensor:
+        """Images at the protocol's size."""
+        image, side = reduce(image, self.protocol.max_side), self.protocol.size
+        return image if side is None else resize(image, (side, side))
+
+    @torch.no_grad()
+    def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
+        """`forward` at the protocol's size; a stage that makes CAMs also gives those, if `cams`."""
+        return self(self.sized(image))
+
     def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
         """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of one pass over them.
 
         `seg` (B, 1 + C, h, w) is what `self(image)` gives at the protocol's size.
         """
-        protocol, side = self.protocol, self.protocol.size
+        protocol, before = self.protocol, self.protocol.softmax == "before"
         image = reduce(image, protocol.max_side)
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
             scores = resize(seg, size)
+            scores = scores.softmax(1) if before else scores
         else:
-            sized = image if side is None else resize(image, (side, side))
-            how = (protocol.scales, protocol.flip, protocol.fusion)
-            scores = multiscale_seg(lambda x: self(x)["seg"], sized, size, *how)
+            how = (protocol.scales, protocol.flip, protocol.fusion, before, protocol.align_corners)
+            scores = multiscale_seg(lambda x: self(x)["seg"], self.sized(image), size, *how)
         if protocol.crf is not None:
-            scores = dense_crf(resize(self.colours(image), size), scores.softmax(1), **protocol.crf)
+            probability = scores if before else scores.softmax(1)
+            scores = dense_crf(resize(self.colours(image), size), probability, **protocol.crf)
         return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
 
     @property

@@ -100,7 +100,7 @@ class ResNet38(nn.Module):
         dropout: rates in b6 and b7; 0.3 and 0.5 in PSA and SEAM, 0.2 and 0.2 in KAIST's two-layer heads.
         frozen_stages: this many leading stages do not learn, 0 to 7: 1 is conv1a, 2 also b2, b2_1 and b2_2, ...
         batch_norm_momentum: None freezes statistics and affine parameters of every batch norm, as the methods do
-            that start from ImageNet weights; a number (3e-4 in the segmentation network) trains both.
+            that start from ImageNet weights; a number trains both.
 
     Raises:
         InputError: an argument out of its range; a file that does not fit.

@@ -1,0 +1,116 @@
+"""The last stage of a recipe: a segmentation network that learns from the masks of an earlier stage."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from wsss.cam import reduced_size, resize, resize_ids
+from wsss.evaluation.metrics import SegmentationIoU
+from wsss.methods.stage import Stage
+from wsss.networks.segmenters import build_segmenter
+from wsss.optim import stepwise, warmup_poly
+
+
+class Segmentation(Stage):
+    """Fully supervised segmentation, but of pseudo masks: no true mask takes part.
+
+    With ResNet38 and `large_fov` it is DeepLab-LargeFOV (Chen et al., ICLR 2015, arXiv 1412.7062) as released with
+    MCTformer (Xu et al., CVPR 2022), SEAM and others; the papers' scales, softmax and CRF are `protocol=large_fov`. No
+    figure of it can be had from image labels, so that nothing but masks could choose a best checkpoint: the last one
+    is the result, and `monitor` is null in its recipes.
+
+    A training batch holds `image` and `pseudo_mask` (B, H, W): 0 background, c + 1 for class c, 255 undecided.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names.
+        backbone: with the decoder `large_fov` as `CNN` has it, `resnet38` or the timm name of a convolutional network;
+            with the others an encoder of segmentation-models-pytorch, e.g. `tu-` and a timm name.
+        weights: of the backbone: None, or what `ResNet38`, timm or `EncoderDecoder` take.
+        backbone_args: arguments of `ResNet38`, or of timm's constructor.
+        decoder: `large_fov`, or one of segmentation-models-pytorch (the extra `seg`): `unet`, `deeplabv3plus`, ...
+        decoder_args: `channels` and `dilation` of `large_fov`, or arguments of the other.
+        losses: weight and arguments of ce and clipped_ce; null leaves a term out.
+        lr: learning rate of the backbone.
+        head_lr_factor: all other parameters learn this much faster.
+        weight_decay: of all parameters. The released code gives SGD the weight decay in the place of the momentum: 0,
+            and a momentum of 1e-5 instead of 0.9, is what its results were made with.
+        momentum: of SGD.
+        power: of the polynomial decay.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "resnet38",
+        weights: str | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        decoder: str = "large_fov",
+        decoder_args: Mapping[str, Any] | None = None,
+        losses: Mapping[str, Mapping[str, Any] | None] | None = None,
+        lr: float = 7e-4,
+        head_lr_factor: float = 10.0,
+        weight_decay: float = 0.0,
+        momentum: float = 1e-5,
+        power: float = 0.9,
+    ) -> None:
+        losses = {"ce": {"weight": 1.0}} if losses is None else losses
+        super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
+        self.save_hyperparameters()
+        self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
+        self.mean, self.std = self.network.normalisation or (self.mean, self.std)
+        self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> seg (B, 1 + C, h, w)."""
+        return {"seg": self.network(image)}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("image", "pseudo_mask")
+
+    @property
+    def smallest_side(self) -> int:
+        return math.ceil(1 / min(1.0, *self.protocol.scales))  # a pixel at the smallest scale
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        seg = self(batch["image"])["seg"]
+        terms = {key: loss(seg, batch["pseudo_mask"]) for key, loss in self.losses.items()}
+        return self.combine(terms, self.loss_weights)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        lr, own = self.hparams.lr, set(self.network.encoder.parameters())
+        learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in learnt if p in own], "lr": lr},
+            {"params": [p for p in learnt if p not in own], "lr": self.hparams.head_lr_factor * lr},
+        ]
+        optimizer = SGD(groups, momentum=self.hparams.momentum, weight_decay=self.hparams.weight_decay)
+        return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))
+
+    def describe(self, split: str) -> dict[str, str]:
+        return {"val/miou": self.protocol.describe(split, (1.0,), 0.0)["miou"]}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if "mask" in batch:
+            self.metrics["miou"].update(self.predict_ids(batch["image"], batch["mask"].shape[-2:]), batch["mask"])
+
+    def predict_ids(self, image: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, *size) ids under the protocol."""
+        work = reduced_size(size, self.protocol.max_side)
+        return resize_ids(self.segment(image, work, self.infer(image)["seg"]).argmax(1), size)
+
+    @torch.no_grad()
+    def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Image, prediction and, where there is any, truth."""
+        image = batch["image"].to(self.device)
+        colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+        prediction = resize(self.infer(image)["seg"], image.shape[-2:]).argmax(1)[0]
+        pictures = {"image": colours, "prediction": prediction}
+        return {"examples": pictures | ({"truth": batch["mask"][0]} if "mask" in batch else {})}
