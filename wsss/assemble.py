@@ -27,7 +27,7 @@ from wsss.config import (
     plain_values,
     stored_values,
 )
-from wsss.data.base import Images, ImageSubset, PlainImages, inspect_items
+from wsss.data.base import Images, ImageSubset, PlainImages, as_images, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
@@ -58,15 +58,17 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
 
 
 def open_images(
-    target: str, values: Mapping[str, Any], split: str, on_bad_image: str, num_workers: int
+    target: str, values: Mapping[str, Any], split: str, on_bad_image: str, num_workers: int, masks: bool = True
 ) -> tuple[PlainImages | None, list[str]]:
     """A data set by its class and values, None where it holds nothing, and a sentence for each image it leaves out.
 
-    With `on_bad_image=skip` those that cannot be used are left out, else they are met when they are loaded.
+    With `on_bad_image=skip` those that cannot be used are left out, else they are met when they are loaded. Without
+    `masks` none is opened.
     """
     if on_bad_image not in ("error", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: expected error or skip")
     images: Images = instantiate(target, values, "dataset", split=split)
+    images = images if masks else as_images(images).without_masks()
     bad: list[str] = []
     if on_bad_image == "skip":
         seen, bad = inspect_all(images, split, num_workers)
