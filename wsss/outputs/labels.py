@@ -125,19 +125,22 @@ class LabelFolder:
         """
         path = self.out / "manifest.json"
         listed = _read_object(path).get("masks", {}) if path.exists() else {}
-        found, counts = {}, np.zeros((len(ids), 256), np.int64)
+        known = [*range(labels.shape[1] + 1), 255]
+        found, counts = {}, np.zeros((len(ids), len(known)), np.int64)
         for index, name in enumerate(progress(ids, len(ids), "listing")):
             mask = self.files.masks / f"{name}.png"
             content = mask.read_bytes()
             try:
                 with Image.open(io.BytesIO(content)) as picture:
-                    counts[index] = np.bincount(np.asarray(picture).ravel(), minlength=256)
-                    size = list(picture.size)
+                    pixels, size = np.asarray(picture), list(picture.size)
             except (OSError, SyntaxError, ValueError) as error:
                 raise InputError(f"{mask} is damaged: remove it and run again") from error
+            counts[index] = np.bincount(pixels.ravel(), minlength=256)[known]
+            if counts[index].sum() != pixels.size:
+                raise InputError(f"{mask} holds ids of no class: remove it and run again")
             found[name] = {"size": size, "sha256": hashlib.sha256(content).hexdigest()}
             if listed and listed.get(name) != found[name]:
-                raise InputError(f"{mask} is not the mask that {path} lists: remove it and run again")
+                raise InputError(f"{mask} is not the one that {path} lists: remove both and run again")
         if not listed:
             write_json(path, self.origin | {"masks": found})
         return count_classes(counts, labels)
@@ -155,11 +158,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def count_classes(counts: np.ndarray, labels: np.ndarray) -> ClassTable:
-    """counts: (N, 256) pixels of every id in every mask; labels: (N, C)."""
+    """counts: (N, 1 + C + 1) pixels of the background, the classes and 255 in every mask; labels: (N, C)."""
     present = np.concatenate([labels.sum(1, keepdims=True) == 0, labels > 0], axis=1)  # (N, 1 + C)
-    ids, total = counts[:, : present.shape[1]], counts.sum()
+    ids, ignored, total = counts[:, :-1], counts[:, -1], counts.sum()
     around = present.T @ counts.sum(1)  # pixels of the images that have the class
-    undecided = (present.T @ counts[:, 255]) / np.maximum(around, 1)
-    return ClassTable(
-        present.sum(0), (ids > 0).sum(0), ids.sum(0) / total, undecided, float(counts[:, 255].sum() / total)
-    )
+    undecided = (present.T @ ignored) / np.maximum(around, 1)
+    return ClassTable(present.sum(0), (ids > 0).sum(0), ids.sum(0) / total, undecided, float(ignored.sum() / total))

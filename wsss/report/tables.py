@@ -57,14 +57,15 @@ def print_classes(
     ignored: float,
 ) -> None:
     """A table of what masks show of each class, the background first; see `wsss.outputs.labels.ClassTable`."""
-    table = Table(title=escape(f"{title}: {100 * ignored:.1f} % of all pixels undecided"), title_justify="left")
+    without = f", {labelled[0]} images without a class" if labelled[0] else ""
+    said = f"{title}: {100 * ignored:.1f} % of all pixels undecided{without}"
+    table = Table(title=escape(said), title_justify="left")
     table.add_column("class")
     for heading in ("images labelled", "masks with it", "% of pixels", "% undecided in its images"):
         table.add_column(heading, justify="right")
     for row, name in enumerate(("background", *classes)):
-        first = str(labelled[row]) if row else f"{labelled[row]} without a class"
         shares = (f"{100 * share[row]:.1f}" for share in (pixels, undecided))
-        table.add_row(escape(name), first, str(shown[row]), *shares)
+        table.add_row(escape(name), str(labelled[row]) if row else "", str(shown[row]), *shares)
     Console().print(table)
 
 
