@@ -249,7 +249,7 @@ def restore(
     if classes is not None and tuple(classes) != known:
         raise InputError(
             f"checkpoint {path} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data set has "
-            f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes"
+            f"{len(classes)} ({', '.join(classes[:3])}, ...): use a data set with the same classes"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next

@@ -61,7 +61,7 @@ class Images(Dataset[dict[str, Any]], ABC):
         return self[index]["label"]
 
     def without_masks(self) -> "Images":
-        """The same items as in training, whatever the split: no mask is opened."""
+        """The same items as in training, whatever the split; masks in files are not opened."""
         return _Unmasked(self, range(len(self)))
 
     @property
@@ -181,6 +181,12 @@ class ImageSubset(Images):
     def label(self, index: int) -> np.ndarray:
         source, place = self.source, self.indices[index]
         return source.label(place) if isinstance(source, Images) else source[place]["label"]
+
+    def without_masks(self) -> Images:
+        source = self.source
+        return (
+            ImageSubset(source.without_masks(), self.indices) if isinstance(source, Images) else super().without_masks()
+        )
 
     def too_small(self, side: int) -> dict[int, str]:
         found = self.source.too_small(side) if isinstance(self.source, Images) else {}
