@@ -170,7 +170,7 @@ def test_a_run_directory_that_cannot_be_made(command: Command, tmp_path: Path) -
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "predict"])
+@pytest.mark.parametrize("name", ["train", "eval", "label", "predict"])
 def test_help_says_what_the_command_does(command: Command, name: str) -> None:
     ended = command(name, "--help")
     assert ended.code == 0

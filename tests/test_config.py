@@ -15,7 +15,7 @@ from wsss.config import config_dir, given_values, quote
 from wsss.evaluation.protocol import Protocol
 
 CONF = config_dir()
-GIVEN_BY_THE_COMMAND = {"method": {"num_classes", "classes"}, "dataset": {"split"}}
+GIVEN_BY_THE_COMMAND = {"method": {"num_classes", "classes"}, "dataset": {"split"}, "refine": {"image", "cam"}}
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 
 
@@ -26,7 +26,9 @@ def _hydra() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*CONF.glob("method/*.yaml"), *CONF.glob("dataset/*.yaml"), *CONF.glob("transform/*.yaml")]), ids=str
+    "path",
+    sorted(path for group in ("method", "dataset", "transform", "refine") for path in CONF.glob(f"{group}/*.yaml")),
+    ids=str,
 )
 def test_file_and_signature_agree(path: Any) -> None:
     group = path.parent.name

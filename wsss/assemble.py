@@ -84,15 +84,17 @@ def notes_on(target: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def open_images(
-    target: str, values: Mapping[str, Any], split: str, on_bad_image: str, num_workers: int
+    target: str, values: Mapping[str, Any], split: str, on_bad_image: str, num_workers: int, masks: bool = True
 ) -> tuple[Images | None, list[str]]:
     """A data set by its class and values, None where it holds nothing, and a sentence for each image it leaves out.
 
-    With `on_bad_image=skip` those that cannot be used are left out, else they are met when they are loaded.
+    With `on_bad_image=skip` those that cannot be used are left out, else they are met when they are loaded. Without
+    `masks` none is opened.
     """
     if on_bad_image not in ("error", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: expected error or skip")
     images = as_images(instantiate(target, values, "dataset", split=split))
+    images = images if masks else images.without_masks()
     bad: list[str] = []
     if on_bad_image == "skip":
         seen, bad = inspect_all(images, split, num_workers)
@@ -360,8 +362,8 @@ def restore(
     if classes is not None and tuple(classes) != known:
         raise InputError(
             f"checkpoint {path} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data set has "
-            f"{len(classes)} ({', '.join(classes[:3])}, ...): evaluate it on a data set with the same classes, or list "
-            "those of the checkpoint in its order as dataset.classes"
+            f"{len(classes)} ({', '.join(classes[:3])}, ...): use a data set with the same classes, or list those of "
+            "the checkpoint in its order as dataset.classes"
         )
     with warnings.catch_warnings(), naming(path), Bounded(checkpoint["state_dict"]):
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next

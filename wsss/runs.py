@@ -7,7 +7,8 @@ import platform
 import sys
 import textwrap
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,22 @@ def lock(out: Path) -> bool:
             return False
         LOCKS[out] = descriptor
     return True
+
+
+@contextmanager
+def shared(out: Path) -> Iterator[None]:
+    """Work in a folder together with other processes; one that finds nobody there removes what killed ones left."""
+    LOCKS[out] = descriptor = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # others are at work, or the file system knows no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for temporary in out.rglob(".*.tmp"):
+                temporary.unlink()
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(LOCKS.pop(out))
 
 
 def release() -> None:

@@ -53,6 +53,19 @@ def test_subsets_keep_what_their_source_says(tmp_path: Path) -> None:
     assert not ImageSubset(VOC(str(tmp_path / "voc"), "train"), [0]).has_masks
 
 
+def test_items_without_their_masks(tmp_path: Path) -> None:
+    source = VOC(str(make_voc(tmp_path / "voc")), "val")
+    for path in (tmp_path / "voc/SegmentationClassAug").iterdir():
+        path.unlink()
+    for images in (source, ImageSubset(source, [1]), as_images(Foreign()), Shapes("val", val_size=2, size=32)):
+        plain = images.without_masks()
+        assert (plain.has_masks, len(plain), list(plain.ids)) == (False, len(images), list(images.ids))
+        item = plain[0]
+        assert item.keys() == {"image", "label", "id"}
+        assert np.array_equal(plain.label(0), item["label"])
+    assert source.has_masks
+
+
 def test_fingerprints_tell_labels(tmp_path: Path) -> None:
     root = make_voc(tmp_path / "voc")
     before = VOC(str(root)).fingerprint
@@ -97,6 +110,13 @@ def test_items_hold_the_pseudo_mask_and_no_true_one(pseudo: PseudoMasks) -> None
     assert pseudo[0].keys() == {"image", "label", "id", "pseudo_mask"}
     assert isinstance(pseudo, Images)
     assert (pseudo.has_masks, pseudo.classes, len(pseudo)) == (False, ("cat", "dog"), 2)
+    for index in range(3):  # ids are known without opening anything, whatever the items say
+        Image.fromarray(np.full((20, 24), index, np.uint8)).save(pseudo.folder / f"{index}.png")
+    assert [np.unique(item["pseudo_mask"]).tolist() for item in PseudoMasks(Foreign(), str(pseudo.folder))] == [
+        [0],
+        [1],
+        [2],
+    ]
     with_truth = PseudoMasks(VOC(str(pseudo.folder.parent / "voc"), train="train_aug"), str(pseudo.folder))
     assert "mask" not in with_truth[0]
 

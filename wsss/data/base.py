@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -59,6 +60,14 @@ class Images(Dataset[dict[str, Any]], ABC):
     def too_small(self, side: int) -> dict[int, str]:
         """By index a sentence about each image with a side of fewer pixels, as far as files tell without decoding."""
         return {}
+
+    def label(self, index: int) -> np.ndarray:
+        """That of an item, float32 (C,), if possible without opening its image."""
+        return self[index]["label"]
+
+    def without_masks(self) -> "Images":
+        """The same items as in training, whatever the split; masks in files are not opened."""
+        return _Unmasked(self, range(len(self)))
 
     @property
     def has_labels(self) -> bool:
@@ -126,6 +135,14 @@ class LabelledImages(Images):
             item["mask"] = read_truth(self.masks[index], image, len(self.classes))
         return item
 
+    def label(self, index: int) -> np.ndarray:
+        return self.labels[index]
+
+    def without_masks(self) -> "Images":
+        plain = copy(self)
+        plain.masks, plain.has_masks = None, False
+        return plain
+
     def too_small(self, side: int) -> dict[int, str]:
         sizes = {index: image_size(path) for index, path in enumerate(self.images)} if side > 1 else {}
         return {
@@ -175,6 +192,16 @@ class ImageSubset(Images):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self.indices[index]]
 
+    def label(self, index: int) -> np.ndarray:
+        source, place = self.source, self.indices[index]
+        return source.label(place) if isinstance(source, Images) else source[place]["label"]
+
+    def without_masks(self) -> Images:
+        source = self.source
+        return (
+            ImageSubset(source.without_masks(), self.indices) if isinstance(source, Images) else super().without_masks()
+        )
+
     def too_small(self, side: int) -> dict[int, str]:
         found = self.source.too_small(side) if isinstance(self.source, Images) else {}
         return {place: found[index] for place, index in enumerate(self.indices) if index in found}
@@ -188,6 +215,18 @@ class ImageSubset(Images):
     def fingerprint(self) -> str:
         own = super().fingerprint
         return digest(self.source.fingerprint, own) if isinstance(self.source, Images) else own
+
+
+class _Unmasked(ImageSubset):
+    """Items with their masks taken away."""
+
+    def __init__(self, source: PlainImages, indices: Sequence[int]) -> None:
+        super().__init__(source, indices)
+        self.has_masks = False
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {key: item[key] for key in ("image", "label", "id")}
 
 
 def as_images(source: PlainImages) -> Images:
@@ -237,6 +276,29 @@ class _Inspected(Dataset[dict[str, Any] | str]):
             return printable(str(error))
         shown = np.unique(item["mask"]) if "mask" in item else np.empty(0, np.uint8)
         return {"id": item["id"], "size": item["image"].shape[:2], "label": item["label"], "shown": shown}
+
+
+class _Opened(Dataset[tuple[Any, Any]]):
+    def __init__(self, images: Images, normalise: Callable[[np.ndarray], Any]) -> None:
+        self.images, self.normalise = images, normalise
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            item = self.images[index]
+        except InputError as error:
+            return str(error), None
+        return item, self.normalise(item["image"])
+
+
+def open_items(
+    images: Images, indices: Sequence[int], normalise: Callable[[np.ndarray], Any], num_workers: int
+) -> DataLoader[tuple[Any, Any]]:
+    """Some items in the order given, each with its image normalised; for one that fails the reason, and None."""
+    how: dict[str, Any] = {"batch_size": None, "num_workers": num_workers, "collate_fn": _as_is}
+    return DataLoader(_Opened(images, normalise), sampler=indices, **how)
 
 
 def inspect_items(images: Images, num_workers: int) -> DataLoader[dict[str, Any] | str]:

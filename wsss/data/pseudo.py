@@ -23,7 +23,7 @@ class PseudoMasks(Images):
 
     Args:
         source: the images to train on.
-        folder: PNGs named <id>.png, as `wsss-predict` writes them to `masks`.
+        folder: PNGs named <id>.png, as `wsss-label` and `wsss-predict` write them to `masks`.
 
     Raises:
         InputError: no such folder, or an image without a mask.
@@ -35,6 +35,7 @@ class PseudoMasks(Images):
         self.source, self.folder = as_images(source), Path(folder).expanduser()
         self.classes, self.has_background = self.source.classes, self.source.has_background
         self.images, self.labels = self.source.images, self.source.labels
+        self._ids = list(self.source.ids)
         if missing := [image_id for image_id in self.ids if not self._path(image_id).is_file()]:
             raise InputError(
                 f"{len(missing)} of {len(self)} images have no pseudo mask in {self.folder} ({first_names(missing)}): "
@@ -43,14 +44,14 @@ class PseudoMasks(Images):
 
     @property
     def ids(self) -> list[str]:
-        return list(self.source.ids)
+        return self._ids
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.source[index]
-        mask = read_truth(self._path(item["id"]), item["image"], len(self.classes))
+        mask = read_truth(self._path(self._ids[index]), item["image"], len(self.classes))
         return {key: item[key] for key in ("image", "label", "id")} | {PIXELS: mask}
 
     def _path(self, image_id: str) -> Path:

@@ -86,7 +86,7 @@ def refine_cam(
     image: Tensor,
     cam: Tensor,
     label: Tensor,
-    thresholds: tuple[float, float],
+    thresholds: Sequence[float | Tensor],
     valid: Tensor,
     max_labels: int,
     scale: float = 0.5,
@@ -101,7 +101,8 @@ def refine_cam(
         image: (B, 3, H, W) in [0, 1].
         cam: (B, C, H, W) in [0, 1].
         label: (B, C) 0 or 1.
-        thresholds: (low, high) background scores.
+        thresholds: (low, high) background scores, or a single one, which leaves no pixel undecided; each one number
+            for all pixels, or (B, H, W).
         valid: (B, H, W) bool; the rest is ignored.
         max_labels: at least the largest number of labels of an image; PAR runs on so many maps only.
         scale: PAR's resolution relative to the image's.
@@ -118,12 +119,13 @@ def refine_cam(
     rows = torch.arange(len(label), device=label.device)[:, None]
     cam = resize((cam * label[:, :, None, None])[rows, index], small)  # (B, K, h, w)
     cam = cam.masked_fill(~present[:, :, None, None], -math.inf)
-    scores = torch.cat(
-        [torch.cat([torch.full_like(cam[:, :1], t), cam], dim=1).softmax(dim=1) for t in thresholds], dim=1
-    )
+    backgrounds = [
+        resize(t[:, None], small) if isinstance(t, Tensor) else torch.full_like(cam[:, :1], t) for t in thresholds
+    ]
+    scores = torch.cat([torch.cat([background, cam], dim=1).softmax(dim=1) for background in backgrounds], dim=1)
     ids = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)  # (B, 1 + K) class id of each channel
-    low, high = (
-        ids[rows[:, :, None], part.max(dim=1).indices] for part in resize(par(image, scores), size).chunk(2, dim=1)
-    )
+    parts = resize(par(image, scores), size).chunk(len(backgrounds), dim=1)
+    labels = [ids[rows[:, :, None], part.max(dim=1).indices] for part in parts]
+    low, high = labels[0], labels[-1]
     result = torch.where(high != 0, high, torch.where(low == 0, 0, ignore_index))
     return torch.where(valid, result, ignore_index)

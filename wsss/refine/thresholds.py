@@ -1,4 +1,4 @@
-"""Thresholds that make labels of class activation maps.
+"""Thresholds and background scores that make labels of class activation maps.
 
 Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
 """
@@ -6,11 +6,13 @@ Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
 import torch
 from torch import Tensor
 
+from wsss import InputError
+
 
 def cam_to_label(
     cam: Tensor,
     label: Tensor,
-    background_threshold: float,
+    background_threshold: float | Tensor,
     thresholds: tuple[float, float] | None = None,
     valid: Tensor | None = None,
     ignore_index: int = 255,
@@ -20,7 +22,8 @@ def cam_to_label(
     Args:
         cam: (B, C, H, W) in [0, 1].
         label: (B, C) 0 or 1. An image without labels is background everywhere.
-        background_threshold: values up to it are background; below 0 only images without labels have any.
+        background_threshold: values up to it are background; below 0 only images without labels have any. One for
+            all pixels, or (B, H, W).
         thresholds: (low, high): then values up to `low` are background and those up to `high` are ignored,
             so that `background_threshold` has no effect.
         valid: (B, H, W) bool; everything else is ignored.
@@ -43,3 +46,55 @@ def region_map(cam: Tensor, label: Tensor, low_threshold: float, high_threshold:
     """Where the present classes are: 0 background (<= low), 1 uncertain, 2 foreground (>= high); (B, H, W)."""
     value = (cam * label[:, :, None, None]).amax(dim=1)
     return (value > low_threshold).short() + (value >= high_threshold).short()
+
+
+def power_background(cam: Tensor, alpha: float) -> Tensor:
+    """The background score (1 - max_c cam)^alpha of PSA and those after it; (B, C, H, W), C >= 1 -> (B, H, W).
+
+    The larger alpha, the less is background. A maximum outside of [0, 1], as SEAM's normalisation may leave it, counts
+    as 0 or 1.
+    """
+    return (1 - cam.amax(dim=1).clamp(0, 1)) ** alpha
+
+
+def background_scores(
+    cam: Tensor, rule: str, value: float | None = None, low: float | None = None, high: float | None = None
+) -> tuple[Tensor, ...]:
+    """What a class has to exceed at each pixel: one score, or a low and a high one with undecided pixels between them.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1] of the classes that the images show, C >= 1.
+        rule: `constant` takes `value`, `alpha` takes (1 - max_c cam)^value, `pair` takes `low` and `high` (ToCo).
+
+    Returns:
+        One or two of (B, H, W), the low one first.
+
+    Raises:
+        InputError: no such rule, or a number that it needs is missing or out of range.
+    """
+    needed = {"constant": {"value": value}, "alpha": {"value": value}, "pair": {"low": low, "high": high}}
+    if rule not in needed:
+        raise InputError(f"background.rule is {rule!r}: expected {', '.join(needed)}")
+    for name, number in needed[rule].items():
+        if number is None:
+            raise InputError(f"background.{name} is not set, which the rule {rule} needs: give a number")
+    if rule == "alpha":
+        if not value or value < 0:
+            raise InputError(f"background.value is {value}: expected an alpha above 0")
+        return (power_background(cam, value),)
+    if low is not None and high is not None and low > high:
+        raise InputError(f"background.low is {low} and high is {high}: expected low <= high")
+    return tuple(torch.full_like(cam[:, 0], number or 0.0) for number in needed[rule].values())
+
+
+def agreement(low: Tensor, high: Tensor, ignore_index: int = 255) -> Tensor:
+    """One label of two with a strong and a weak background score (PSA): of a low and of a high alpha.
+
+    A class is certain where it beats the strong background, `low`; background where it beats every class while weak,
+    `high`, which comes first; between them a pixel is ignored.
+
+    Args:
+        low: ids of any shape, labelled with the low alpha.
+        high: ids of this shape, labelled with the high alpha.
+    """
+    return torch.where(high == 0, 0, torch.where(low == 0, ignore_index, low))

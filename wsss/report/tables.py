@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,28 @@ def print_sweep(directory: Path) -> None:
     for overrides, values in jobs:
         cells = [_cell(values.get(key)) if values else "failed" for key in keys]
         table.add_row(*(escape(overrides.get(key, "")) for key in varied), *cells)
+    Console().print(table)
+
+
+def print_classes(
+    title: str,
+    classes: Sequence[str],
+    labelled: Sequence[int],
+    shown: Sequence[int],
+    pixels: Sequence[float],
+    undecided: Sequence[float],
+    ignored: float,
+) -> None:
+    """A table of what masks show of each class, the background first; see `wsss.outputs.labels.ClassTable`."""
+    without = f", {labelled[0]} images without a class" if labelled[0] else ""
+    said = f"{title}: {100 * ignored:.1f} % of all pixels undecided{without}"
+    table = Table(title=escape(said), title_justify="left")
+    table.add_column("class")
+    for heading in ("images labelled", "masks with it", "% of pixels", "% undecided in its images"):
+        table.add_column(heading, justify="right")
+    for row, name in enumerate(("background", *classes)):
+        shares = (f"{100 * share[row]:.1f}" for share in (pixels, undecided))
+        table.add_row(escape(name), str(labelled[row]) if row else "", str(shown[row]), *shares)
     Console().print(table)
 
 

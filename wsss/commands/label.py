@@ -1,0 +1,259 @@
+"""`wsss-label`: pseudo masks of a data set from the CAMs of a method and the image-level labels."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from wsss import InputError, __version__
+from wsss.commandline import explain_failure, run_command
+from wsss.config import (
+    absolute_paths,
+    check_arguments,
+    class_named,
+    extra_directories,
+    flatten,
+    plain_values,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from wsss.data.base import Images
+    from wsss.methods.base import WSSSModule
+    from wsss.outputs.labels import LabelFolder
+    from wsss.refine.pseudo import Refined
+
+
+def label(cfg: DictConfig) -> int:
+    """Make what is missing of this process's share, and the manifest once all is there; returns the number of masks."""
+    import numpy as np
+
+    from wsss.assemble import quieten
+    from wsss.outputs.labels import LabelFolder
+    from wsss.report.tables import print_classes
+    from wsss.runs import shared, write_skipped
+
+    quieten()
+    check_settings(cfg)
+    rank, world = share(cfg, os.environ)
+    images, method, origin, skipped = open_all(cfg)
+    refine = build_refine(cfg, method)
+    origin["settings"] |= flatten(refine.keywords, "refine")
+    optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay}
+    folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
+    ids = list(images.ids)
+    with shared(folder.out):
+        folder.begin()
+        if rank == 0:
+            write_skipped(folder.out, skipped)
+        pending = [index for index in range(rank, len(ids), world) if not folder.has(ids[index])]
+        failed = make(images, pending, folder, method, refine, cfg.num_workers)
+        of = f", share {rank} of {world}" if world > 1 else ""
+        print(f"{len(pending) - len(failed)} masks made{of} -> {folder.files.masks}")
+        if failed:
+            raise InputError(
+                f"{len(failed)} images could not be used and have no mask, so that there is no manifest: "
+                f"{'; '.join(failed[:3])}"
+            )
+        if missing := sum(not folder.has(name) for name in ids):
+            print(f"{missing} of {len(ids)} masks are not there yet: who makes the last one writes the manifest")
+        else:
+            table = folder.finish(ids, np.stack([images.label(index) for index in range(len(ids))]))
+            print_classes(str(folder.out), images.classes, **table._asdict())
+    return len(pending)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what would fail late.
+
+    Raises:
+        InputError: a value of another kind, or scores that no refinement gives.
+    """
+    for key in ("cams", "scores", "overlay"):
+        if not isinstance(cfg[key], bool):
+            raise InputError(f"{key} is {cfg[key]!r}: expected true or false")
+    if not isinstance(cfg.num_workers, int) or cfg.num_workers < 0:
+        raise InputError(f"num_workers is {cfg.num_workers!r}: expected a whole number of at least 0")
+    if cfg.split not in ("train", "val"):
+        raise InputError(f"split is {cfg.split!r}: expected train or val; dataset.train=LIST names other images")
+    if cfg.scores and not isinstance(plain_values(cfg.refine, "refine").get("alpha"), list):
+        raise InputError("scores=true keeps those of a low and a high alpha: add refine=crf refine.alpha=[4,32]")
+
+
+def share(cfg: DictConfig, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Number of this process, from 0, and how many there are: as given, else of torchrun, else of srun, else alone.
+
+    Image i belongs to process i % world.
+    """
+    if cfg.shards is not None or cfg.shard is not None:
+        known = isinstance(cfg.shards, int) and isinstance(cfg.shard, int)
+        if not known or not 0 <= cfg.shard < cfg.shards:
+            raise InputError(
+                f"shards is {cfg.shards} and shard is {cfg.shard}: expected a number of processes and that of this "
+                "one, from 0"
+            )
+        return cfg.shard, cfg.shards
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in environment and world in environment:
+            return int(environment[rank]), int(environment[world])
+    return 0, 1
+
+
+def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], list[str]]:
+    """The images, the method, what the masks are made of, and a sentence for each image that is left out.
+
+    Raises:
+        InputError: one of them cannot be used, or they do not fit one another.
+    """
+    from dataclasses import asdict
+
+    from wsss.assemble import checked_values, fit_sizes, load_method, open_images, read_checkpoint
+    from wsss.data.base import as_images
+    from wsss.methods.base import WSSSModule
+
+    choices = HydraConfig.get().runtime.choices
+    checkpoint = read_checkpoint(cfg.checkpoint, extra_directories())
+    stored = checkpoint["wsss"]
+    same = stored.get("dataset_values", {}) if stored.get("dataset") == choices["dataset"] else {}
+    values = checked_values(cfg, "dataset", same)
+    how = (cfg.split, cfg.on_bad_image, cfg.num_workers)
+    found, skipped = open_images(cfg.dataset._target_, values, *how, masks=False)
+    if found is None:
+        raise InputError(f"the data set has no images of split={cfg.split}: add dataset.{cfg.split}=LIST")
+    images = as_images(found)
+    method = load_method(cfg, checkpoint, images.classes)
+    if not isinstance(method, WSSSModule):
+        raise InputError(
+            f"method={choices['method']} makes no class activation maps: give the checkpoint of one that does"
+        )
+    if not images.has_background:
+        method.without_background()
+    if cfg.on_bad_image == "skip":
+        images, small = fit_sizes(images, method, cfg.on_bad_image)
+        skipped += small
+    arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
+    settings = {group: choices[group] for group in ("method", "dataset", "refine")}
+    settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
+    settings |= flatten(asdict(method.protocol), "protocol")
+    settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay")}
+    with open(cfg.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {"version": __version__, "checkpoint": os.path.abspath(cfg.checkpoint), "checkpoint_sha256": digest}
+    origin |= {"fingerprint": images.fingerprint, "classes": images.classes, "settings": settings}
+    return images, method, origin, skipped
+
+
+def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
+    """The refinement of a configuration, tried once; the threshold of its background is the method's if not given.
+
+    Raises:
+        InputError: values that do not fit it, or a background where the method knows none.
+    """
+    import torch
+
+    from wsss.refine.thresholds import background_scores
+
+    name, values = HydraConfig.get().runtime.choices["refine"], plain_values(cfg.refine, "refine")
+    target = class_named(cfg.refine._target_)
+    check_arguments(target, values, "refine", given=("image", "cam"))
+    rule = values.get("background", {})
+    check_arguments(background_scores, rule, "refine.background", given=("cam",))
+    from_method = rule.get("rule") == "constant" and rule.get("value") is None
+    if from_method:
+        rule["value"] = method.background_threshold
+    elif not method.has_background:
+        raise InputError(
+            f"refine={name} labels background, and the classes of these data cover the whole image: use refine=none "
+            "with its own background"
+        )
+    refine = partial(target, **values)
+    try:
+        refine(torch.full((3, 32, 32), 128.0), torch.full((1, 32, 32), 0.5))
+    except InputError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"refine={name} does not work with these values ({said}): see conf/refine/{name}.yaml"
+        ) from error
+    return refine
+
+
+def make(
+    images: "Images",
+    pending: Sequence[int],
+    folder: "LabelFolder",
+    method: "WSSSModule",
+    refine: "partial[Refined]",
+    num_workers: int,
+) -> list[str]:
+    """Write the files of some images; returns a sentence for each that cannot be used."""
+    import torch
+
+    from wsss.data.base import open_items
+    from wsss.data.pixels import Normalise
+    from wsss.report.tables import progress
+
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        method.to(torch.device("cuda", local % torch.cuda.device_count()))
+    method.eval()
+    loader = open_items(images, pending, Normalise(method.mean, method.std), num_workers)
+    ids, failed = list(images.ids), []
+    for index, (item, photo) in zip(pending, progress(loader, len(pending), "labelling"), strict=True):
+        name = ids[index]
+        if photo is None:
+            failed.append(item)
+            continue
+        try:
+            mask, cams, scores = make_one(method, refine, item, photo)
+        except InputError as error:  # too small for the network, say
+            failed.append(f"{name}: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if explain_failure(error, folder.out) is None:
+                raise
+            height, width = photo.shape[1:]
+            failed.append(f"{name}: there is not enough memory for its {width}x{height} pixels")
+        else:
+            folder.write(name, mask, item["image"], cams, scores)
+    return failed
+
+
+def make_one(
+    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor"
+) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"]]:
+    """Mask, maps by id and scores of an item, whose image also comes normalised (3, H, W)."""
+    import numpy as np
+    import torch
+
+    from wsss.cam import resize
+
+    image, shown = item["image"], np.flatnonzero(item["label"])
+    size = image.shape[:2]
+    if len(shown) == 0:
+        mask = np.full(size, 0 if method.has_background else 255, np.uint8)
+        return mask, {}, [np.ones((1, *size), np.float32)] * 2
+    cam = method.infer(photo[None].to(method.device))["cam"][:, torch.from_numpy(shown).to(method.device)]
+    cam = resize(cam, size)[0].float()  # (n, H, W)
+    refined = refine(torch.from_numpy(image).to(method.device).permute(2, 0, 1).float(), cam)
+    ids = np.arange(256, dtype=np.uint8)
+    ids[1 : len(shown) + 1] = shown + 1
+    maps = dict(zip((shown + 1).tolist(), cam.cpu().numpy(), strict=True))
+    return ids[refined.mask.cpu().numpy()], maps, [score.cpu().numpy() for score in refined.scores]
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    from wsss.assemble import checkpoint_overrides
+
+    return checkpoint_overrides(arguments)
+
+
+def main() -> None:
+    run_command("label", label, prepare)

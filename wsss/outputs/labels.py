@@ -1,0 +1,166 @@
+"""A folder of the pseudo masks of a data set: made image by image, perhaps by several processes, listed at the end."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from wsss import InputError
+from wsss.outputs.masks import MaskFolder
+from wsss.report.tables import progress
+from wsss.writing import write_json, write_whole
+
+SUFFIXES = {"masks": ".png", "cams": ".npz", "scores": ".npz", "overlays": ".jpg"}
+"""Of the files of an image, by the name of their folder."""
+
+
+class ClassTable(NamedTuple):
+    """What the masks of C classes show; row 0 is the background.
+
+    Attributes:
+        labelled: (1 + C,) images that have the class among their labels; those without any label.
+        shown: (1 + C,) images whose mask shows it.
+        pixels: (1 + C,) its share of all pixels.
+        undecided: (1 + C,) share of undecided pixels in the images that have it among their labels.
+        ignored: share of undecided pixels in all images.
+    """
+
+    labelled: np.ndarray
+    shown: np.ndarray
+    pixels: np.ndarray
+    undecided: np.ndarray
+    ignored: float
+
+
+class LabelFolder:
+    """`masks/<id>.png` and, on request, further files of each image, all of the same settings.
+
+    `settings.json` says from the beginning what they are made of, and nothing else may be added to them.
+    `manifest.json`, the same and size and sha256 of every mask, is there when all of them are. Nothing in the folder
+    depends on how many processes have made it, nor on how often they were interrupted.
+
+    Args:
+        out: the folder; made where it is missing.
+        origin: plain values: what the masks are made of, by name, and `settings`, a mapping. `checkpoint`, a path, may
+            change, all else may not.
+        kinds: of files that an image has, among SUFFIXES.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, out: Path, origin: Mapping[str, Any], kinds: Sequence[str]) -> None:
+        self.out, self.kinds = out, kinds
+        self.files = MaskFolder(out)
+        self.origin: dict[str, Any] = json.loads(json.dumps(origin))  # as it is read again: tuples become lists
+
+    def begin(self) -> None:
+        """Leave the settings in a new folder, compare them with those of one that goes on.
+
+        Raises:
+            InputError: it holds something else.
+        """
+        path = self.out / "settings.json"
+        if not path.exists():
+            if self.files.masks.exists():
+                raise InputError(f"{self.out} holds masks that wsss-label has not made: give another out")
+            write_json(path, self.origin)
+            return
+        stored = _read_object(path)
+        ours, theirs = (
+            {k: v for k, v in origin.items() if k not in ("checkpoint", "settings")} | origin.get("settings", {})
+            for origin in (self.origin, stored)
+        )
+        different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
+        if different:
+            raise InputError(
+                f"{self.out} holds pseudo masks that were made otherwise, different are {', '.join(different[:5])}: "
+                "repeat their command, or give another out"
+            )
+        self.origin = stored
+
+    def has(self, name: str) -> bool:
+        """Whether all files of an image are there; each is whole."""
+        return all((self.out / kind / f"{name}{SUFFIXES[kind]}").is_file() for kind in self.kinds)
+
+    def write(
+        self,
+        name: str,
+        mask: np.ndarray,
+        image: np.ndarray,
+        cams: Mapping[int, np.ndarray],
+        scores: Sequence[np.ndarray] = (),
+    ) -> None:
+        """The files of an image, of the kinds that were asked for.
+
+        Args:
+            name: of the image.
+            mask: ids, uint8 (H, W).
+            image: uint8 (H, W, 3).
+            cams: by id the maps (H, W) of the classes of the image.
+            scores: the low and the high (1 + n, H, W).
+        """
+        if "scores" in self.kinds:
+            low, high = (np.asarray(score, np.float16) for score in scores)
+            with write_whole(self.out / "scores" / f"{name}.npz") as file:
+                np.savez_compressed(file, low=low, high=high, ids=np.array(list(cams), np.int64))
+        self.files.write(
+            name, mask, image if "overlays" in self.kinds else None, cams if "cams" in self.kinds else None
+        )
+
+    def finish(self, ids: Sequence[str], labels: np.ndarray) -> ClassTable:
+        """Write the manifest of a complete folder, or compare with the one that is there.
+
+        Args:
+            ids: of all images, in the order of the data set.
+            labels: (N, C) of zeros and ones.
+
+        Raises:
+            InputError: a mask cannot be read, or is not the one that the manifest lists.
+        """
+        path = self.out / "manifest.json"
+        listed = _read_object(path).get("masks", {}) if path.exists() else {}
+        known = [*range(labels.shape[1] + 1), 255]
+        found, counts = {}, np.zeros((len(ids), len(known)), np.int64)
+        for index, name in enumerate(progress(ids, len(ids), "listing")):
+            mask = self.files.masks / f"{name}.png"
+            content = mask.read_bytes()
+            try:
+                with Image.open(io.BytesIO(content)) as picture:
+                    pixels, size = np.asarray(picture), list(picture.size)
+            except (OSError, SyntaxError, ValueError) as error:
+                raise InputError(f"{mask} is damaged: remove it and run again") from error
+            counts[index] = np.bincount(pixels.ravel(), minlength=256)[known]
+            if counts[index].sum() != pixels.size:
+                raise InputError(f"{mask} holds ids of no class: remove it and run again")
+            found[name] = {"size": size, "sha256": hashlib.sha256(content).hexdigest()}
+            if listed and listed.get(name) != found[name]:
+                raise InputError(f"{mask} is not the one that {path} lists: remove both and run again")
+        if not listed:
+            write_json(path, self.origin | {"masks": found})
+        return count_classes(counts, labels)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Raises InputError for what `write_json` has not written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: put it back, or give another out")
+    return content
+
+
+def count_classes(counts: np.ndarray, labels: np.ndarray) -> ClassTable:
+    """counts: (N, 1 + C + 1) pixels of the background, the classes and 255 in every mask; labels: (N, C)."""
+    present = np.concatenate([labels.sum(1, keepdims=True) == 0, labels > 0], axis=1)  # (N, 1 + C)
+    ids, ignored, total = counts[:, :-1], counts[:, -1], counts.sum()
+    around = present.T @ counts.sum(1)  # pixels of the images that have the class
+    undecided = (present.T @ ignored) / np.maximum(around, 1)
+    return ClassTable(present.sum(0), (ids > 0).sum(0), ids.sum(0) / total, undecided, float(ignored.sum() / total))
