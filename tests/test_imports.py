@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-GROUND = {"cam", "lattice", "optim", "writing"}
+GROUND = {"cam", "lattice", "optim", "pairs", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "commandline", "config", "data", "evaluation", "methods", "networks", "outputs",
     "predictor", "refine", "report", "runs",
@@ -20,10 +20,10 @@ LAYERS = {
     "predictor": {"assemble", "cam", "config", "data", "refine"},
     "runs": {"config", "writing"},
     "callbacks": {"report", "writing"},
-    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam"},
-    "networks": {"networks", "cam"},
-    "losses": {"losses", "lattice", "cam"},
-    "refine": {"refine", "lattice", "cam"},
+    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs"},
+    "networks": {"networks", "cam", "pairs"},
+    "losses": {"losses", "lattice", "cam", "pairs"},
+    "refine": {"refine", "lattice", "cam", "pairs"},
     "data": {"data", *GROUND},
     "prepare": {"prepare", "data", "writing"},
     "evaluation": {"evaluation", *GROUND},
