@@ -102,13 +102,13 @@ def test_only_the_command_that_prepares_imports_preparation() -> None:
 
 
 def test_pixels_enter_in_one_place() -> None:
-    """Of all that loads data only one file knows the key under which pixels may supervise a training."""
+    """Of all that loads data only one file knows the keys under which pixels may supervise a training."""
     knowing = {
         name_of(path)
         for path in FILES
         if layer_of(path) in ("data", "assemble", "commands")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and node.value == "pseudo_mask"
+        if isinstance(node, ast.Constant) and node.value in ("pseudo_mask", "affinity_scores", "affinity_label")
     }
     assert knowing == {"data/pseudo"}
 

@@ -29,6 +29,7 @@ from wsss.config import (
 )
 from wsss.data.base import Images, ImageSubset, PlainImages, inspect_items
 from wsss.data.datamodule import DataModule
+from wsss.data.pseudo import PseudoScores
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit
@@ -53,6 +54,8 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, settings["num_workers"])
         for split in ("train", "val")
     )
+    if cfg.pseudo_scores is not None and train is not None:
+        train = PseudoScores(train, cfg.pseudo_scores)
     data = call_checked(DataModule, settings, "data", train=train, val=val, transform=transform, seed=cfg.seed)
     return data, [*bad, *more]
 
@@ -88,10 +91,24 @@ def inspect_all(images: Images, what: str, num_workers: int) -> tuple[dict[int, 
 def build_method(cfg: DictConfig, data: DataModule) -> "Stage":
     """The method of a composed configuration, for the classes of a data module, to be trained."""
     method: Stage = build(cfg.method, "method", num_classes=data.num_classes, classes=data.classes)
+    check_supervision(cfg, method)
     method.protocol = build_protocol(plain_values(cfg.protocol, "protocol"))
     if not data.has_background:
         method.without_background()
     return method
+
+
+def check_supervision(cfg: DictConfig, method: "Stage") -> None:
+    """Refuse pixels that a method does not learn from, and one without the pixels that it needs.
+
+    Raises:
+        InputError: either of them.
+    """
+    name = type(method).__name__
+    if method.supervision == "pseudo_scores" and cfg.pseudo_scores is None:
+        raise InputError(f"{name} learns from the scores of an earlier stage: add pseudo_scores=FOLDER")
+    if method.supervision != "pseudo_scores" and cfg.pseudo_scores is not None:
+        raise InputError(f"{name} learns nothing from pseudo_scores={cfg.pseudo_scores}: leave it out")
 
 
 def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Images, list[str]]:

@@ -31,6 +31,7 @@ PATH_KEYS = {
     "labels",
     "masks",
     "out",
+    "pseudo_scores",
     "root",
     "sbd_md5",
     "sbd_url",

@@ -44,11 +44,18 @@ class Predictor:
         method: a method with its weights.
         class_threshold: probability above which the classifier calls a class present.
         max_side: larger photographs are reduced to this for the network, and their masks enlarged again.
+
+    Raises:
+        InputError: a number out of range, or a stage that makes no masks.
     """
 
     def __init__(self, method: Any, class_threshold: float = 0.5, max_side: int = 1024) -> None:
         if max_side < 1:
             raise InputError(f"max_side is {max_side!r}: expected a whole number of at least 1")
+        if not hasattr(method, "infer"):
+            raise InputError(
+                f"{type(method).__name__} makes no masks of its own: give the checkpoint of another method"
+            )
         self.method = method.eval()
         self.class_threshold, self.max_side = class_threshold, max_side
         self.normalise = Normalise(method.mean, method.std)

@@ -33,6 +33,8 @@ class Stage(pl.LightningModule):
     has_background: bool = True
     start_arguments: tuple[str, ...] = ("weights",)
     """Arguments of the constructor that name files or tags to start from; None where a checkpoint gives the weights."""
+    supervision: str | None = None
+    """The setting of `wsss-train` that names the pixels this stage learns from; None for a stage without any."""
     hparams: Any  # Lightning's property, whose type hides the names in it
 
     def __init__(

@@ -66,11 +66,11 @@ class AffinityNet(nn.Module):
         if isinstance(self.backbone.body, ResNet38):
             self.head = AffinityHead(self.backbone.body.channels)
             return
-        training, size = self.training, self.backbone.body.pretrained_cfg["input_size"]
+        settings: Any = self.backbone.body.pretrained_cfg
         try:
             with torch.no_grad():
-                stages = self.eval().stages(torch.zeros(1, *size))
-            self.train(training)
+                stages = self.eval().stages(torch.zeros(1, *settings["input_size"]))
+            self.train()
             self.head = AffinityHead([stage.shape[1] for stage in stages])
         except (AttributeError, AssertionError, IndexError, ValueError) as error:
             raise InputError(
