@@ -286,6 +286,7 @@ def quieten() -> None:
         ".*does not have many workers",
         ".*is deprecated, use `isinstance",
         "Total length of `list` across ranks is zero",  # nothing to evaluate on, which we have said
+        "You passed in a `val_dataloader` but have no `validation_step`",  # of a stage that evaluates nothing
         "You have overridden `on_before_batch_transfer`",
         "Found .* in eval mode at the start of training",  # a support network is meant to be
         "It is recommended to use .*sync_dist=True",  # torchmetrics has gathered the values already

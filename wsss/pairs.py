@@ -26,8 +26,8 @@ def source_size(size: Sequence[int], radius: int) -> tuple[int, int]:
 
     Rows 0 to h - radius and columns radius - 1 to w - radius; 0 where the map is too small for any pair.
     """
-    h, w = size
-    rows, columns = h - (radius - 1), w - 2 * (radius - 1)
+    reach = max(radius - 1, 0)
+    rows, columns = size[0] - reach, size[1] - 2 * reach
     return (rows, columns) if min(rows, columns) > 0 else (0, 0)
 
 
@@ -43,8 +43,11 @@ def pair_views(maps: Tensor, radius: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def fitting_radius(size: Sequence[int], radius: int) -> int:
-    """`radius`, or where no pair of it fits into a map of `size` SEAM's for small ones: (smallest side - 1) // 2."""
-    return radius if source_size(size, radius)[0] else (min(size) - 1) // 2
+    """`radius`, or where no pair of it fits into a map of `size` SEAM's for small ones: (smallest side - 1) // 2.
+
+    At least 1, of which there is no pair.
+    """
+    return radius if source_size(size, radius)[0] else max(1, (min(size) - 1) // 2)
 
 
 def affinity_labels(low: Tensor, high: Tensor, ignore_index: int = 255) -> Tensor:

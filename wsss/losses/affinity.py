@@ -31,7 +31,8 @@ def pair_loss(affinity: Tensor, masks: Sequence[Tensor], eps: float = 1e-5) -> T
     """The three terms of `AffinityLoss`, (3,), of affinities and `pair_labels`, all (B, K, n)."""
     affinity = affinity.double() if affinity.dtype == torch.double else affinity.float()
     alike, apart = -(affinity + eps).log(), -(1 + eps - affinity).log()
-    sums = [(mask * cost).sum() / (mask.sum() + eps) for mask, cost in zip(masks, (alike, alike, apart), strict=True)]
+    pairs = zip((mask.to(affinity) for mask in masks), (alike, alike, apart), strict=True)
+    sums = [(mask * cost).sum() / (mask.sum() + eps) for mask, cost in pairs]
     return torch.stack(sums)
 
 

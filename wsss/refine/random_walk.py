@@ -74,28 +74,35 @@ def random_walk(
     with torch.autocast(maps.device.type, enabled=False):
         if dense:
             matrix = transition(dense_affinity(affinity, (h, w), radius), beta)
-            return (maps.flatten(2) @ torch.linalg.matrix_power(matrix, 2**logt)).view_as(maps)
+            for _ in range(logt):
+                matrix = transition(matrix @ matrix, 1)  # the sums stay 1, but for what rounding adds at each step
+            return (maps.flatten(2) @ matrix).view_as(maps)
         return _sparse_walk(affinity**beta, maps, radius, 2**logt)
 
 
 def _sparse_walk(weight: Tensor, maps: Tensor, radius: int, steps: int) -> Tensor:
-    """Steps of maps (B, C, h, w) with the affinities (B, K, n) as they weigh."""
-    rows, columns = source_size(maps.shape[-2:], radius)
-    weights = weight.unflatten(2, (rows, columns))[:, :, None].unbind(1)  # K of (B, 1, rows, columns)
+    """Steps of maps (B, C, h, w) with the affinities (B, K, n) as they weigh.
 
-    def product(source: Tensor, out: Tensor) -> None:
-        """`out` becomes the affinity matrix times `source`; both (B, C, h, w)."""
-        (start, ends), (to_start, to_ends) = pair_views(source, radius), pair_views(out.copy_(source), radius)
-        for values, end, to_end in zip(weights, ends, to_ends, strict=True):
-            to_start.addcmul_(values, end)
-            to_end.addcmul_(values, start)
-
+    A step adds to every cell the mean difference of its neighbours, so that rounding is that of the differences: a sum
+    of the neighbours themselves would be off in one direction, step after step.
+    """
+    size = source_size(maps.shape[-2:], radius)
+    weights = weight.unflatten(2, size)[:, :, None].unbind(1)  # K of (B, 1, rows, columns)
     total = torch.ones_like(maps[:, :1])
-    product(total.clone(), total)
-    maps, result = maps.clone(), torch.empty_like(maps)
+    start, ends = pair_views(total, radius)
+    for values, end in zip(weights, ends, strict=True):
+        start += values
+        end += values
+    maps, change = maps.clone(), torch.empty_like(maps)
+    (start, ends), (to_start, to_ends) = pair_views(maps, radius), pair_views(change, radius)
+    difference = torch.empty_like(start, memory_format=torch.contiguous_format)
     for _ in range(steps):
-        product(maps, result)
-        torch.div(result, total, out=maps)
+        change.zero_()
+        for values, end, to_end in zip(weights, ends, to_ends, strict=True):
+            torch.sub(end, start, out=difference).mul_(values)
+            to_start += difference
+            to_end -= difference
+        maps.addcdiv_(change, total)
     return maps
 
 
