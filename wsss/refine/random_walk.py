@@ -47,8 +47,8 @@ def random_walk(
 ) -> Tensor:
     """Maps after 2 ** logt steps of the walk: maps T^(2 ** logt), T being `transition` of `dense_affinity`.
 
-    The dense form squares T and takes O(B N^2) memory. The sparse one multiplies the maps by T once for each step and
-    takes that of the affinities and three times that of the maps; nothing in its loop waits for a GPU. They differ by
+    The dense form squares T in memory of O(B N^2). The sparse one multiplies the maps by T once for each step, in twice
+    the memory of the affinities and some times that of the maps; nothing in its loop waits for a GPU. They differ by
     rounding alone.
 
     Args:
@@ -109,7 +109,7 @@ def _sparse_walk(weight: Tensor, maps: Tensor, radius: int, steps: int) -> Tenso
 def with_background_score(cam: Tensor, background: float | None = None, alpha: float = 16.0) -> Tensor:
     """(B, C, H, W) in [0, 1] -> (B, 1 + C, H, W): first a constant `background`, or where None (1 - max) ** alpha."""
     strongest = cam.amax(dim=1, keepdim=True)
-    first = (1 - strongest) ** alpha if background is None else torch.full_like(strongest, background)
+    first = (1 - strongest).clamp(min=0) ** alpha if background is None else torch.full_like(strongest, background)
     return torch.cat([first, cam], dim=1)
 
 
