@@ -6,6 +6,7 @@ test_resnet38.py.
 
 import zlib
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -210,13 +211,15 @@ def official(network: AffinityNet) -> dict[str, Tensor]:
     return {**network.backbone.body.state_dict(), **network.head.state_dict()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def method() -> Affinity:
-    module = Affinity(20, backbone_args={"dropout": (0.0, 0.0)})
+    with torch.device("meta"):  # the weights come next
+        module = Affinity(20, backbone_args={"dropout": (0.0, 0.0)})
+    module.to_empty(device="cpu")
     for name, tensor in official(module.network).items():
-        if not name.endswith("num_batches_tracked"):
-            tensor.copy_(recorded_weight(name, tuple(tensor.shape)))
-    return module
+        recorded = 0 if name.endswith("num_batches_tracked") else recorded_weight(name, tuple(tensor.shape))
+        tensor.copy_(torch.as_tensor(recorded))
+    return module.eval()
 
 
 def test_names_and_weights(recordings: Any, match: Any) -> None:
@@ -232,7 +235,7 @@ def test_names_and_weights(recordings: Any, match: Any) -> None:
 
 def test_forward(recordings: Any, match: Any, method: Affinity) -> None:
     image = recordings(PSA)["aff_fwd/in_u8"].float() / 128 - 1
-    network = method.eval().network
+    network = method.network
     with torch.no_grad():
         conv4, conv5, conv6 = stages = network.stages(image)
         affinity = pair_affinity(network(image), 5)
@@ -251,7 +254,7 @@ def test_inference(recordings: Any, match: Any, method: Affinity, name: str) -> 
     image = Normalise(method.mean, method.std)(arrays[f"infer/img/{name}"].numpy())[None]
     cam, label = torch.zeros(1, 20, *image.shape[-2:]), torch.zeros(1, 20)
     cam[0, classes], label[0, classes] = arrays[f"infer/cam/{name}"], 1.0
-    scores = method.eval().refine(image, cam, label, background=0.39, beta=8, logt=6)
+    scores = method.refine(image, cam, label, background=0.39, beta=8, logt=6)
     match(PSA, f"infer/{name}/pred", scores.argmax(1)[0], share=1e-3)
     with torch.no_grad():
         affinity = pair_affinity(method.network(pad_to_cells(image)), 5)
@@ -263,9 +266,10 @@ def test_inference(recordings: Any, match: Any, method: Affinity, name: str) -> 
         match(PSA, f"infer/{name}/cam_rw_small", walked, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_training(recordings: Any, match: Any, method: Affinity, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of the original script."""
-    arrays = recordings(TRAIN)
+    arrays, method = recordings(TRAIN), deepcopy(method)
     monkeypatch.setattr(Affinity, "total_steps", len(arrays["steps"]))
     configured: Any = method.train().configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]

@@ -49,7 +49,7 @@ def test_written_out(size: tuple[int, int], radius: int, dense: bool | None) -> 
         torch.testing.assert_close(found[image].double(), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [(13, 40), (31, 22), (40, 40)])
+@pytest.mark.parametrize("size", [(13, 40), (31, 22), (20, 30)])
 def test_both_forms_agree(size: tuple[int, int]) -> None:
     affinity, maps = affinities(2, size, 5), torch.rand(2, 4, *size)
     dense, sparse = (random_walk(affinity, maps, dense=form) for form in (True, False))
