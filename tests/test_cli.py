@@ -29,6 +29,7 @@ from tiny import (
 )
 
 from wsss import losses
+from wsss.data.shapes import Shapes
 from wsss.outputs.masks import MaskFolder
 from wsss.predictor import Predictor
 
@@ -269,6 +270,31 @@ def test_methods_on_resnet38(name: str, tmp_path: Path) -> None:
     Image.new("RGB", (45, 30)).save(images / "a.png")
     assert call("predict", checkpoint, f"images={images}", f"out={tmp_path / 'out'}", "num_workers=0") == 0
     assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (45, 30)
+
+
+def test_affinity_learns_from_scores_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is evaluated; who asks for a figure, or gives the wrong pixels, is told."""
+    scores, run = tmp_path / "scores = 1", tmp_path / "run"
+    scores.mkdir()
+    shapes = Shapes("train", train_size=6, size=32, num_classes=4)
+    for image_id in shapes.ids:
+        half = np.full((2, 32, 32), 0.5, np.float16)
+        np.savez(scores / f"{image_id}.npz", low=half, high=half, ids=np.array([3]))
+    given = ["method=affinity", *RESNET38_OVERRIDES[:-1], "method.losses.affinity.radius=2"]
+    assert call("train", *given, f"pseudo_scores={scores}", f"hydra.run.dir={run}") == 0
+    trained = json.loads((run / "metrics.json").read_text())
+    assert trained["steps"] == 2
+    assert not any(key.startswith("val/") for key in trained)
+    checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
+    assert "Affinity has no figure" in fails(capsys, 2, checkpoint, f"hydra.run.dir={tmp_path / 'x'}", command="eval")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (45, 30)).save(tmp_path / "images" / "a.png")
+    images = [f"images={tmp_path / 'images'}", f"out={tmp_path / 'out'}"]
+    assert "Affinity makes no masks of its own" in fails(capsys, 2, checkpoint, *images, command="predict")
+    out = f"hydra.run.dir={tmp_path / 'other'}"
+    assert "add pseudo_scores=FOLDER" in fails(capsys, 2, *given, out)
+    assert "leave the setting out" in fails(capsys, 2, *OVERRIDES, f"pseudo_scores={scores}", out)
+    assert "monitor=null is left" in fails(capsys, 2, *given, f"pseudo_scores={scores}", "monitor=val/map", out)
 
 
 def test_sweep_ends_with_one_table_and_survives_a_bad_job(

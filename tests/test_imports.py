@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-GROUND = {"cam", "lattice", "optim", "pickles", "writing"}
+GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "commandline", "config", "data", "evaluation", "methods", "networks", "outputs",
     "predictor", "refine", "report", "runs", "stored",
@@ -20,10 +20,10 @@ LAYERS = {
     "predictor": {"assemble", "cam", "config", "data", "refine", "stored"},
     "runs": {"config", "writing"},
     "callbacks": {"report", "writing"},
-    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "writing"},
-    "networks": {"networks", "cam", "pickles"},
-    "losses": {"losses", "lattice", "cam"},
-    "refine": {"refine", "lattice", "cam"},
+    "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs", "writing"},
+    "networks": {"networks", "cam", "pairs", "pickles"},
+    "losses": {"losses", "lattice", "cam", "pairs"},
+    "refine": {"refine", "lattice", "cam", "pairs"},
     "data": {"data", *GROUND},
     "prepare": {"prepare", "data", "writing"},
     "evaluation": {"evaluation", *GROUND},
@@ -104,13 +104,13 @@ def test_only_the_command_that_prepares_imports_preparation() -> None:
 
 
 def test_pixels_enter_in_one_place() -> None:
-    """Of all that loads data only one file knows the key under which pixels may supervise a training."""
+    """Of all that loads data only one file knows the keys under which pixels may supervise a training."""
     knowing = {
         name_of(path)
         for path in FILES
         if layer_of(path) in ("data", "assemble", "commands")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and node.value == "pseudo_mask"
+        if isinstance(node, ast.Constant) and node.value in ("pseudo_mask", "affinity_scores", "affinity_label")
     }
     assert knowing == {"data/pseudo"}
 

@@ -30,7 +30,7 @@ from wsss.config import (
 from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
-from wsss.data.pseudo import PIXELS, PseudoMasks
+from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import Protocol
 from wsss.networks.weights import misfit
@@ -56,9 +56,10 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, settings["num_workers"])
         for split in ("train", "val")
     )
-    if cfg.pseudo_masks is not None and train is not None:
-        train, unmasked = add_pixels(train, cfg.pseudo_masks, cfg.on_bad_image, settings["num_workers"])
-        bad += unmasked
+    for kind, folder in ((PseudoMasks, cfg.pseudo_masks), (PseudoScores, cfg.pseudo_scores)):
+        if folder is not None and train is not None:
+            train, unfit = add_pixels(train, kind, folder, cfg.on_bad_image, settings["num_workers"])
+            bad += unfit
     data = call_checked(DataModule, settings, "data", train=train, val=val, transform=transform, seed=cfg.seed)
     notes = notes_on(cfg.dataset._target_, values)
     if data.train is not None and data.train.labels is not None:
@@ -108,34 +109,36 @@ def open_images(
     return (images if len(images) else None), bad
 
 
-def add_pixels(images: Images, folder: str, on_bad_image: str, num_workers: int) -> tuple[PseudoMasks, list[str]]:
-    """The images with their pseudo masks, and a sentence for each that is left out because its mask cannot be used.
+def add_pixels(
+    images: Images, kind: type[FromFolder], folder: str, on_bad_image: str, num_workers: int
+) -> tuple[FromFolder, list[str]]:
+    """The images with their pseudo masks or scores, and a sentence for each that is left out for an unfit file.
 
     Raises:
-        InputError: an image has no mask; or none of the masks can be used.
+        InputError: an image has no file; or none of the files can be used.
     """
-    masked = PseudoMasks(images, folder)
+    supervised = kind(images, folder)
     if on_bad_image != "skip":
-        return masked, []
-    seen, bad = inspect_all(masked, "pseudo masks", num_workers)
+        return supervised, []
+    seen, bad = inspect_all(supervised, f"{kind.what}s", num_workers)
     if bad and not seen:
-        raise InputError(f"none of the {len(bad)} pseudo masks in {folder} can be used: {bad[0]}")
-    return (PseudoMasks(ImageSubset(images, list(seen)), folder) if bad else masked), bad
+        raise InputError(f"none of the {len(bad)} {kind.what}s in {folder} can be used: {bad[0]}")
+    return (kind(ImageSubset(images, list(seen)), folder) if bad else supervised), bad
 
 
 def check_views(method: "Stage", data: DataModule, name: str, transform: str | None) -> None:
     """Whether a training batch holds what a method learns from; `name` and `transform` are what the user chose.
 
     Raises:
-        InputError: it does not; or there are pseudo masks that the method does not learn from.
+        InputError: it does not; or there are pixels that the method does not learn from.
     """
-    given = isinstance(data.train, PseudoMasks)
-    if given and PIXELS not in method.views:
-        raise InputError(f"{name} learns from image labels and has no use for pseudo_masks: leave the setting out")
-    if PIXELS in method.views and not given:
+    given = data.train.setting if isinstance(data.train, FromFolder) else None
+    if given not in (None, method.supervision):
+        raise InputError(f"{name} has no use for {given}: leave the setting out")
+    if given != method.supervision:
         raise InputError(
-            f"{name} learns from masks: add pseudo_masks=FOLDER with one of every training image, as wsss-predict and "
-            "wsss-label write them to OUT/masks"
+            f"{name} learns from pixels: add {method.supervision}=FOLDER with a file of every training image, as "
+            "wsss-label writes them"
         )
     if missing := [view for view in method.views if view not in data.first_item()]:
         raise InputError(
@@ -388,6 +391,7 @@ def quieten() -> None:
         ".*does not have many workers",
         ".*is deprecated, use `isinstance",
         "Total length of `list` across ranks is zero",  # nothing to evaluate on, which we have said
+        "You passed in a `val_dataloader` but have no `validation_step`",  # of a stage that evaluates nothing
         "You have overridden `on_before_batch_transfer`",
         "Found .* in eval mode at the start of training",  # a support network is meant to be
         "It is recommended to use .*sync_dist=True",  # torchmetrics has gathered the values already

@@ -32,6 +32,7 @@ PATH_KEYS = {
     "masks",
     "out",
     "pseudo_masks",
+    "pseudo_scores",
     "root",
     "sbd_md5",
     "sbd_url",

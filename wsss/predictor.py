@@ -46,9 +46,16 @@ class Predictor:
         class_threshold: probability above which the classifier, where there is one, calls a class present.
         max_side: larger photographs are reduced to this for the network, and their masks enlarged again. It takes
             the place of the protocol's.
+
+    Raises:
+        InputError: a stage that makes no masks.
     """
 
     def __init__(self, method: Any, class_threshold: float = 0.5, max_side: int = 1024) -> None:
+        if not method.makes_masks:
+            raise InputError(
+                f"{type(method).__name__} makes no masks of its own: give the checkpoint of another method"
+            )
         self.method = method.eval()
         method.protocol = replace(method.protocol, max_side=max_side)
         self.class_threshold, self.max_side = class_threshold, max_side

@@ -15,9 +15,17 @@ from wsss import InputError
 from wsss.data.base import Images, ImageSubset, as_images
 from wsss.data.datamodule import DataModule
 from wsss.data.folder import Folder
-from wsss.data.pseudo import PseudoMasks
+from wsss.data.pseudo import PseudoMasks, PseudoScores
 from wsss.data.shapes import Shapes
-from wsss.data.transforms import FlipCrop, LongSideCrop, RandAugmentCrop, ScaleCrop, ToCoViews, Views
+from wsss.data.transforms import (
+    FlipCrop,
+    JitterCrop,
+    LongSideCrop,
+    RandAugmentCrop,
+    ScaleCrop,
+    ToCoViews,
+    Views,
+)
 from wsss.data.voc import VOC
 
 
@@ -183,3 +191,85 @@ def test_bad_pseudo_masks(pseudo: PseudoMasks, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match=f"1 of 2 images have no pseudo mask in .*{pseudo.ids[0]}"):
         PseudoMasks(pseudo.source, str(pseudo.folder))
+
+
+@pytest.fixture
+def scored(pseudo: PseudoMasks, tmp_path: Path) -> PseudoScores:
+    """The same images with scores: in their bright quarter the class 2, elsewhere background, not sure in one row."""
+    (tmp_path / "scores").mkdir()
+    low = np.zeros((2, 40, 48), np.float16)
+    low[1, :20, :24] = 1
+    low[0] = 1 - low[1]
+    high = low.copy()
+    high[:, :8] = np.array([0.4, 0.6])[:, None, None]  # where the low one says background, too
+    for image_id in pseudo.ids:
+        np.savez(tmp_path / "scores" / f"{image_id}.npz", low=low, high=high, ids=np.array([2]))
+    return PseudoScores(pseudo.source, str(tmp_path / "scores"))
+
+
+@pytest.mark.parametrize(
+    "transform", [FlipCrop(64, (1, 1)), JitterCrop(64, (0, 0, 0, 0)), LongSideCrop(64, (40, 90), (0, 0, 0, 0))]
+)
+def test_labels_of_cells_follow_the_image(scored: PseudoScores, transform: Any) -> None:
+    assert scored[0].keys() == {"image", "label", "id", "affinity_scores", "ids"}
+    module = DataModule(scored, transform=transform, batch_size=1, num_workers=0)
+    loader = iter(module.train_dataloader())
+    seen = set()
+    for _ in range(20):
+        batch = next(loader)
+        assert batch.keys() == {"image", "image_box", "label", "id", "affinity_label"}
+        label, image = batch["affinity_label"][0], batch["image"].mean(1)[0]
+        assert (label.dtype, label.shape) == (torch.long, (8, 8))
+        top, bottom, left, right = batch["image_box"][0].tolist()
+        inside = torch.zeros(64, 64)
+        inside[top:bottom, left:right] = 1
+        inside, bright = (x.unflatten(0, (8, 8)).unflatten(2, (8, 8)).mean((1, 3)) for x in (inside, image.double()))
+        assert (label[inside == 0] == 255).all()
+        sure = (inside == 1) & (label != 255) & (bright.abs() > 1)  # not on the border between them
+        assert torch.equal(label[sure], torch.where(bright > 0, 2, 0)[sure])
+        seen |= set(label[inside == 1].tolist())
+    assert seen == {0, 2, 255}
+
+
+def test_scores_without_a_class(scored: PseudoScores) -> None:
+    ones = np.ones((1, 40, 48), np.float16)
+    for image_id in scored.ids:
+        np.savez(scored.folder / f"{image_id}.npz", low=ones, high=ones, ids=np.empty(0, np.int64))
+    batch = next(iter(DataModule(scored, transform=JitterCrop(32), num_workers=0).train_dataloader()))
+    assert (batch["affinity_label"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"low": None}, "lacks the arrays low"),
+        ({"high": np.zeros((2, 40, 47))}, r"high \(2, 40, 47\) for ids \(1,\), expected \(2, 40, 48\) for its image"),
+        ({"ids": np.array([1, 2])}, r"expected \(3, 40, 48\)"),
+        ({"ids": np.array([3])}, r"holds ids \[3\], expected different ones of 1 to 2"),
+        ({"ids": np.array([0])}, r"holds ids \[0\]"),
+        ({"ids": np.array([1.0])}, r"holds ids \[1.0\]"),
+        ({"low": np.full((2, 40, 48), 1.5)}, r"scores outside 0\.\.1"),
+        ({"low": np.full((2, 40, 48), np.nan)}, r"scores outside 0\.\.1"),
+        ({"low": np.ones((2, 40, 48), int)}, r"scores outside 0\.\.1"),
+        ({"low": np.array([object()])}, "cannot be read as a file of scores"),
+        ({}, "cannot be read as a file of scores"),
+    ],
+)
+def test_bad_scores(scored: PseudoScores, change: dict[str, Any], said: str) -> None:
+    path = scored.folder / f"{scored.ids[0]}.npz"
+    with np.load(path) as file:
+        arrays = {key: array for key, array in (dict(file) | change).items() if array is not None}
+    before = scored.fingerprint
+    np.savez(path, **arrays)
+    if not change:
+        path.write_bytes(b"no zip")
+    assert scored.fingerprint != before
+    with pytest.raises(InputError, match=said) as refused:
+        scored[0]
+    assert scored.ids[0] in str(refused.value)
+
+
+def test_missing_scores(scored: PseudoScores) -> None:
+    (scored.folder / f"{scored.ids[1]}.npz").unlink()
+    with pytest.raises(InputError, match=f"1 of 2 images have no score file in .*{scored.ids[1]}"):
+        PseudoScores(scored.source, str(scored.folder))

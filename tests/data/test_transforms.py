@@ -17,6 +17,7 @@ from wsss.data.pixels import Normalise
 from wsss.data.transforms import (
     Blur,
     Jitter,
+    JitterCrop,
     LongSideCrop,
     RandAugmentCrop,
     ResizedCrop,
@@ -31,6 +32,7 @@ PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 TRANSFORMS = {
     "toco": ToCoViews(crop_size=48),
     "randaugment": RandAugmentCrop(crop_size=48),
+    "jitter": JitterCrop(crop_size=48),
     "long_side": LongSideCrop(crop_size=48, long_side=(40, 80)),
 }
 

@@ -129,8 +129,8 @@ def test_scores_are_of_the_classes_in_the_mask() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (OVERRIDES, "segmentation learns from masks: add pseudo_masks=FOLDER"),
-        ([*RESNET38_OVERRIDES, "method=cam", "pseudo_masks={masks}"], "cam learns from image labels"),
+        (OVERRIDES, "segmentation learns from pixels: add pseudo_masks=FOLDER"),
+        ([*RESNET38_OVERRIDES, "method=cam", "pseudo_masks={masks}"], "cam has no use for pseudo_masks"),
         ([*OVERRIDES, "pseudo_masks={masks}", "dataset.train_size=8"], "2 of 8 images have no pseudo mask in"),
         ([*OVERRIDES, "pseudo_masks={masks}/none"], "6 of 6 images have no pseudo mask in"),
         ([*OVERRIDES, "pseudo_masks={masks}", "monitor=val/map"], "known are val/miou; monitor=null keeps"),

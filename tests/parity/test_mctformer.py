@@ -1,6 +1,6 @@
 """MCTformer V1, V2 and + against recordings of the original code: every array of `--golden DIR`/mctformer.
 
-The affinity network (psa, psa_train) belongs to the refinement; test_segmentation.py has the last stage (seg).
+The affinity network (psa, psa_train) is compared in test_affinity.py, the last stage (seg) in test_segmentation.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 EXCEPTED = (
-    ("mctformer/psa mctformer/psa_train", "*", "affinity network"),
     ("mctformer/v1_state mctformer/v2_state mctformer/plus_state", "*", "input: weights"),
     ("mctformer/v12_init_and_keys", "v?/mean_std_absmax", "statistics of a random draw, compared within 5 %"),
     ("mctformer/v12_forward mctformer/plus_forward", "in/*", "input"),

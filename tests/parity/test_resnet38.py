@@ -13,8 +13,10 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from wsss.losses import build
+from wsss.networks.affinity import AffinityHead, pair_affinity
 from wsss.networks.resnet38 import ResNet38, SEAMHead, Taps, mxnet_name, propagate
 from wsss.optim import parameter_groups, warmup_poly
+from wsss.refine.random_walk import dense_affinity
 
 pytestmark = pytest.mark.filterwarnings("ignore:ResNet38 starts from random weights")
 
@@ -29,24 +31,18 @@ SETTINGS: dict[str, Any] = {
             "ppc_resnet38_contrast": True,
             "kaist_aeft_net_gpp": False,
         },
+        "f9_factor": 0.02,
         "poly": {"lr": 0.1, "weight_decay": 5e-4, "max_steps": 10, "start": (1.0, -2.0)},
     },
     "ppc_seam": {"networks": {"seam": "seam_resnet38", "ppc": "ppc_resnet38_contrast"}},
 }
 
-NOT_YET = (
-    ("resnet38/resnet38_forward aff_*", "AffinityNet"),
-    ("resnet38/psa_functions pairs_* afflabel_* affloss_* merge_*", "labels and loss of AffinityNet"),
-    ("resnet38/psa_functions rw_*", "random walk"),
-    ("resnet38/irn_functions", "IRN"),
-)
+NOT_YET = (("resnet38/irn_functions", "IRN"),)
 
 EXCEPTED = (
     # files, arrays, why perturb.py leaves them alone
     ("resnet38/resnet38_forward", "x64 x128 cls_label", "input"),
-    ("resnet38/resnet38_forward", "aff_*", "AffinityNet"),
     ("resnet38/psa_functions", "poly_grads", "input"),
-    ("resnet38/psa_functions", "pairs_* afflabel_* affloss_* merge_* rw_*", "AffinityNet and random walk"),
     ("resnet38/irn_functions", "*", "IRN"),
     ("ppc_seam/networks", "x64 pcm_cam pcm_f pcm_f9_weight", "input"),
 )
@@ -342,6 +338,30 @@ def test_gradients_of_the_psa_classifier(
     assert list(statistics["cls_grad_norms"]) == list(parameters)
     norms = [gradients[name].double().norm().item() if name in gradients else torch.nan for name in parameters]
     match("resnet38/stages", "cls_grad_norms", torch.tensor(norms, dtype=torch.double), rtol=1e-3)
+
+
+def test_names_shapes_and_order_of_the_affinity_head(names: Any) -> None:
+    with torch.device("meta"):
+        ours = body(names, "psa_resnet38_aff")
+        entries = head_entries(names, "psa_resnet38_aff", ours)
+        head = AffinityHead(ours.channels)
+    assert [(name, list(t.shape)) for name, t in head.state_dict().items()] == [
+        (e["name"], e["shape"]) for e in entries
+    ]
+
+
+def test_affinity_of_psa(recordings: Any, match: Any, network: ResNet38, fill: Any, taps: Any) -> None:
+    file, arrays, radius = "resnet38/resnet38_forward", recordings("resnet38/resnet38_forward"), 5
+    head = fill(AffinityHead(network.channels))
+    stages = taps(file, "x128")
+    size = (stages.conv6.shape[-2], stages.conv6.shape[-1])
+    with torch.no_grad():
+        head.f9.weight.mul_(SETTINGS["resnet38"]["f9_factor"])
+        features = head(stages, size)
+    affinity = pair_affinity(features, radius)
+    match(file, "aff_feature_x128", features[:, ::8], atol=relative(arrays["aff_feature_x128"]))
+    match(file, "aff_sparse_x128", affinity, atol=relative(arrays["aff_sparse_x128"]))
+    match(file, "aff_dense_x128", dense_affinity(affinity, size, radius)[0], atol=relative(arrays["aff_dense_x128"]))
 
 
 def test_two_layer_head_of_kaist(recordings: Any, match: Any, taps: Any, weight: Any) -> None:

@@ -47,6 +47,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
         print(f"note: {printable(note)}")
     data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
     method = load_method(cfg, checkpoint, data.classes)
+    if not method.figures(data.has_masks):
+        raise InputError(f"{type(method).__name__} has no figure that could be measured: evaluate what it refines")
     data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
     write_skipped(out, [*skipped, *small])
     settings = plain_values(cfg.trainer, "trainer")

@@ -107,6 +107,8 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
             f"monitor={cfg.monitor} is not a figure of {choices['method']}{without}: known are "
             f"{', '.join(known) or 'none'}; monitor=null keeps the last checkpoint alone"
         )
+    if not known:
+        data.val = None  # there is nothing to measure
     dataset = plain_values(cfg.dataset, "dataset")
     method.origin = {
         "method": choices["method"],

@@ -55,9 +55,8 @@ class _TrainItems(Dataset[dict[str, Any]]):
             if name not in pixels
         }
         # nothing else of the item is passed on: a training batch never holds a mask
-        return (
-            tensors | pixel_tensors(self.source, views) | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
-        )
+        supervision = pixel_tensors(self.source, item, views)
+        return tensors | supervision | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
 
 
 class _EvalItems(Dataset[dict[str, Any]]):

@@ -114,6 +114,13 @@ def _check(crop_size: int, scale: Sequence[float]) -> tuple[int, tuple[float, fl
     return crop_size, (float(scale[0]), float(scale[1]))
 
 
+def _ranges(jitter: Sequence[float]) -> list[tuple[float, float]]:
+    """Smallest and largest factor of brightness, contrast and saturation, and turn of hue, by their strengths."""
+    if len(jitter) != 4 or not all(0 <= strength <= (0.5 if i == 3 else 1) for i, strength in enumerate(jitter)):
+        raise InputError(f"transform.jitter is {list(jitter)}: expected three strengths in 0..1 and hue in 0..0.5")
+    return [(around - strength, around + strength) for around, strength in zip((1, 1, 1, 0), jitter, strict=True)]
+
+
 def _refuse_pixels(views: Views, name: str) -> None:
     if pixels_given := views.keys() - {"image"}:
         raise InputError(
@@ -301,18 +308,9 @@ class LongSideCrop:
             raise InputError(
                 f"transform.long_side is {list(long_side)}: expected two lengths, 1 <= smallest <= largest"
             )
-        if len(jitter) != 4 or not all(0 <= strength <= (0.5 if i == 3 else 1) for i, strength in enumerate(jitter)):
-            raise InputError(f"transform.jitter is {list(jitter)}: expected three strengths in 0..1 and hue in 0..0.5")
         self.crop_size, _ = _check(crop_size, (1.0, 1.0))
         self.long_side = long_side
-        *ranges, hue = jitter
-        brightness, contrast, saturation = ((1 - strength, 1 + strength) for strength in ranges)
-        self.colour = A.Compose(
-            [
-                A.ColorJitter(brightness, contrast, saturation, (-hue, hue), p=jitter_probability),
-                A.ToGray(p=grey),
-            ]
-        )
+        self.colour = A.Compose([A.ColorJitter(*_ranges(jitter), p=jitter_probability), A.ToGray(p=grey)])
 
     def __call__(self, views: Views, rng: np.random.Generator) -> Views:
         h, w = views["image"].shape[:2]
@@ -370,6 +368,29 @@ class ScaleCrop:
         if view.ndim == 2:
             return np.asarray(self.padding)
         return np.array(self.mean, np.float32) * 255 if name == "image" else np.zeros((), np.float32)
+
+
+class JitterCrop:
+    """The training transform of PSA's affinity network: jitter, crop, mirror image, at the photograph's own size.
+
+    Where the image does not reach, the crop is black.
+
+    Args:
+        crop_size: side of the square view.
+        jitter: strengths of brightness, contrast, saturation and hue.
+    """
+
+    def __init__(self, crop_size: int = 448, jitter: Sequence[float] = (0.3, 0.3, 0.3, 0.1)) -> None:
+        self.crop_size, _ = _check(crop_size, (1.0, 1.0))
+        self.colour = A.Compose([Jitter(*_ranges(jitter), p=1.0)])
+
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        self.colour.set_random_seed(int(rng.integers(2**31)))
+        views = random_crop(views | {"image": self.colour(image=views["image"])["image"]}, self.crop_size, rng)
+        if rng.random() < 0.5:
+            box = mirror_box(views.pop("image_box"), self.crop_size)
+            return mirror_all(views) | {"image_box": box}
+        return views
 
 
 class RandAugmentCrop:

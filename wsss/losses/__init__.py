@@ -3,6 +3,7 @@
 `build("ptc")` gives a module by the short name of its paper; importing this package needs torch only.
 """
 
+from wsss.losses.affinity import AffinityLoss
 from wsss.losses.cross_entropy import (
     BalancedCrossEntropyLoss,
     ClassificationLoss,
@@ -16,9 +17,11 @@ from wsss.losses.rcm_mam import MultiscaleAttentiveLoss, PrototypeMemory, Region
 from wsss.losses.registry import LOSSES, build, register
 from wsss.losses.seam import EquivarianceLoss, EquivariantCrossLoss, MinPoolingLoss
 from wsss.losses.toco import ClassTokenContrastLoss, PatchTokenContrastLoss
+from wsss.pairs import affinity_labels
 
 __all__ = [
     "LOSSES",
+    "AffinityLoss",
     "BalancedCrossEntropyLoss",
     "ClassTokenContrastLoss",
     "ClassTokenSeparationLoss",
@@ -34,6 +37,7 @@ __all__ = [
     "PixelPrototypeContrastLoss",
     "PrototypeMemory",
     "RegionalContrastLoss",
+    "affinity_labels",
     "build",
     "register",
 ]

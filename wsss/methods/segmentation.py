@@ -44,6 +44,8 @@ class Segmentation(Stage):
         power: of the polynomial decay.
     """
 
+    supervision = "pseudo_masks"
+
     def __init__(
         self,
         num_classes: int,

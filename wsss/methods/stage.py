@@ -37,6 +37,10 @@ class Stage(pl.LightningModule):
     """The kinds of class activation maps that it makes."""
     start_arguments: tuple[str, ...] = ("weights",)
     """Arguments of the constructor that name files or tags to start from; None where a checkpoint gives the weights."""
+    makes_masks: bool = True
+    """Whether `infer` gives maps of classes that a photograph's mask can be made of."""
+    supervision: str | None = None
+    """The setting of `wsss-train` that names the pixels this stage learns from; None for a stage without any."""
     hparams: Any  # Lightning's property, whose type hides the names in it
 
     def __init__(
