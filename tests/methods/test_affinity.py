@@ -118,8 +118,9 @@ def test_only_the_head_learns_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match=r"losses\.affinity\.radius is 1: expected at least 2"):
-        method(losses={"affinity": {"radius": 1}})
+    for radius in (1, 2.5, "x", None):
+        with pytest.raises(InputError, match=r"losses\.affinity\.radius is .*: expected a whole number of at least 2"):
+            method(losses={"affinity": {"radius": radius}})
     batch = {"image": torch.randn(1, 3, 32, 32), "affinity_label": torch.zeros(1, 4, 4, dtype=torch.long)}
     with pytest.raises(InputError, match=r"4 x 4 cells .*\.radius=3: set transform\.crop_size to at least 40"):
         method().training_step(batch, 0)

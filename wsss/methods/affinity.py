@@ -59,8 +59,8 @@ class Affinity(Stage):
         self.save_hyperparameters()
         loss: Any = self.losses["affinity"]
         self.radius: int = loss.radius
-        if self.radius < 2:
-            raise InputError(f"losses.affinity.radius is {self.radius}: expected at least 2, below it there is no pair")
+        if not isinstance(self.radius, int) or self.radius < 2:
+            raise InputError(f"losses.affinity.radius is {self.radius!r}: expected a whole number of at least 2")
         self.network = AffinityNet(backbone, weights, backbone_args)
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
