@@ -294,7 +294,7 @@ def test_affinity_learns_from_scores_alone(tmp_path: Path, capsys: pytest.Captur
     out = f"hydra.run.dir={tmp_path / 'other'}"
     assert "add pseudo_scores=FOLDER" in fails(capsys, 2, *given, out)
     assert "leave the setting out" in fails(capsys, 2, *OVERRIDES, f"pseudo_scores={scores}", out)
-    assert "monitor=null is left" in fails(capsys, 2, *given, f"pseudo_scores={scores}", "monitor=val/map", out)
+    assert "monitor=null keeps" in fails(capsys, 2, *given, f"pseudo_scores={scores}", "monitor=val/map", out)
 
 
 def test_sweep_ends_with_one_table_and_survives_a_bad_job(
