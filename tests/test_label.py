@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import VOC_OVERRIDES, Ended, call, make_voc, save_labels
+from tiny import RESNET38_OVERRIDES, VOC_OVERRIDES, Ended, call, make_voc, save_labels
 
 import wsss
+from wsss.assemble import load_stage
 from wsss.cam import resize
 from wsss.data.datamodule import DataModule
+from wsss.data.pixels import Normalise
 from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
 from wsss.outputs.masks import MaskFolder
@@ -204,7 +206,7 @@ def test_other_settings_do_not_mix(command: Command, given: list[str], tmp_path:
         (["shards=2", "shard=2"], ["shard is 2"]),
         (["cams=3"], ["cams", "true or false"]),
         (["num_workers=-1"], ["num_workers"]),
-        (["refine=walk"], ["refine=walk", "crf, none, par"]),
+        (["refine=crawl"], ["refine=crawl", "crf, none, par"]),
         (["refine=crf", "refine.alpha=[4,2]"], ["refine.alpha"]),
         (["refine=crf", "refine.gaussian=[1.0]"], ["refine=crf"]),
         (["refine=par", "refine.dilations=[]"], ["refine=par"]),
@@ -277,3 +279,33 @@ def test_what_makes_no_maps(
 ) -> None:
     monkeypatch.setattr("wsss.methods.base.WSSSModule", int)
     refused(command("label", *given, f"out={tmp_path / 'out'}"), "method=toco makes no class activation maps")
+
+
+def test_the_chain_of_psa(command: Command, given: list[str], trained: Path, tmp_path: Path) -> None:
+    """CAMs make scores, scores an affinity network, its walk the masks."""
+    assert command("label", *given, *SCORES, f"out={tmp_path / 'first'}").code == 0
+    small = [o for o in RESNET38_OVERRIDES if not o.startswith("method.cam_scales")] + [
+        "method.losses.affinity.radius=2"
+    ]
+    scores = f"pseudo_scores={tmp_path / 'first/scores'}"
+    ended = command("train", "method=affinity", *small, scores, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    network = tmp_path / "run/checkpoints/last.ckpt"
+    walk = ["refine=walk", f"refine.affinity={network}", "refine.logt=3", "refine.background=0.3"]
+    ended = command("label", *given, *walk, f"out={tmp_path / 'second'}")
+    assert ended.code == 0, ended.err
+
+    shapes, method = Shapes("train", **SHAPES), load_stage(str(trained / "checkpoints/last.ckpt"))
+    affinity, normalise = load_stage(str(network)), Normalise(method.mean, method.std)
+    for index, image_id in enumerate(shapes.ids):
+        item = shapes[index]
+        photo, label = normalise(item["image"])[None], torch.tensor(item["label"])[None]
+        walked = affinity.refine(photo, method.infer(photo)["cam"], label, background=0.3, logt=3)
+        absent = torch.cat([torch.ones(1, 1), label], dim=1)[:, :, None, None] == 0
+        expected = walked.masked_fill(absent, -1).argmax(1)[0]
+        assert (mask(tmp_path / "second/masks" / f"{image_id}.png") == expected.numpy()).mean() > 0.999
+
+    other = command("label", *given, *walk[:1], f"refine.affinity={trained / 'checkpoints/last.ckpt'}", "out=x")
+    refused(other, "is of ToCo", "method=affinity")
+    refused(command("label", *given, "refine=walk", "out=x"), "refine.affinity is not set")
+    refused(command("label", *given, *walk[:2], "refine.logt=99", "out=x"), "logt")

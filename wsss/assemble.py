@@ -383,6 +383,48 @@ def restore(
     return method
 
 
+def load_stage(
+    path: str, classes: Sequence[str] | None = None, directories: Sequence[str] = (), **arguments: Any
+) -> "Stage":
+    """What a checkpoint holds, without a command: its class from conf/ or more `directories`, the rest from the file.
+
+    Args:
+        path: the file.
+        classes: names, where the file has none.
+        directories: of configuration beside ours.
+        arguments: of the constructor, over those of the file; a mapping changes what it names.
+
+    Raises:
+        InputError: the file cannot be read or does not fit its method; the sentence says what is wrong.
+    """
+    checkpoint = read_checkpoint(path, directories)
+    if "method" not in checkpoint["wsss"]:
+        raise InputError(
+            f"checkpoint {path} was written without wsss-train and names no method: build the method, load its "
+            "state_dict, and make a wsss.predictor.Predictor of it"
+        )
+    with naming(path):
+        node = method_option(checkpoint["wsss"]["method"], directories)
+    own = _over(plain_values(node, "method"), arguments)
+    values = _over(plain_values(node, "method") | built_with(checkpoint, node._target_), arguments)
+    check_values("method", values, own, path)
+    method = restore(node._target_, values, checkpoint, path, classes)
+    stored = checkpoint["wsss"].get("protocol", {})
+    check_values("protocol", stored, {}, path)
+    with naming(path):
+        method.protocol = build_protocol(stored)
+    return method.eval()
+
+
+def _over(values: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The values with the arguments over them, a mapping over what it names."""
+    merged = {
+        name: {**values[name], **value} if isinstance(value, dict) and isinstance(values.get(name), dict) else value
+        for name, value in arguments.items()
+    }
+    return values | merged
+
+
 def quieten() -> None:
     """Lightning's advice and device listing are not results."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from wsss import InputError
 
 PATH_KEYS = {
+    "affinity",
     "checkpoint",
     "dir",
     "images",

@@ -10,13 +10,11 @@ import torch
 from PIL import Image
 
 from wsss import InputError
-from wsss.assemble import build_protocol, built_with, naming, read_checkpoint, restore
+from wsss.assemble import load_stage
 from wsss.cam import resize, resize_ids
-from wsss.config import method_option, plain_values
 from wsss.data.files import read_image
 from wsss.data.pixels import Normalise, reduced
 from wsss.refine.thresholds import cam_to_label
-from wsss.stored import check_values
 
 Photograph = str | PathLike[str] | Image.Image | np.ndarray
 
@@ -157,29 +155,4 @@ def load(
         InputError: the file cannot be read or does not fit its method; the sentence says what is wrong.
     """
     directories = [str(config_dir)] if config_dir is not None else []
-    checkpoint = read_checkpoint(str(path), directories)
-    if "method" not in checkpoint["wsss"]:
-        raise InputError(
-            f"checkpoint {path} was written without wsss-train and names no method: build the method, load its "
-            "state_dict, and make a wsss.predictor.Predictor of it"
-        )
-    with naming(str(path)):
-        node = method_option(checkpoint["wsss"]["method"], directories)
-    own = _over(plain_values(node, "method"), arguments)
-    values = _over(plain_values(node, "method") | built_with(checkpoint, node._target_), arguments)
-    check_values("method", values, own, str(path))
-    method = restore(node._target_, values, checkpoint, str(path), classes)
-    stored = checkpoint["wsss"].get("protocol", {})
-    check_values("protocol", stored, {}, str(path))
-    with naming(str(path)):
-        method.protocol = build_protocol(stored)
-    return Predictor(method, class_threshold, max_side)
-
-
-def _over(values: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The values with the arguments over them, a mapping over what it names."""
-    merged = {
-        name: {**values[name], **value} if isinstance(value, dict) and isinstance(values.get(name), dict) else value
-        for name, value in arguments.items()
-    }
-    return values | merged
+    return Predictor(load_stage(str(path), classes, directories, **arguments), class_threshold, max_side)

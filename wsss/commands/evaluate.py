@@ -60,7 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     write_json(out / "run.json", provenance(cfg, run.overrides.task))
     protocol = {f"protocol/{key}": note for key, note in notes.items()}
     write_json(out / "metrics.json", {"checkpoint": cfg.checkpoint} | figures | protocol)
-    save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
+    save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
     print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
     return figures
 

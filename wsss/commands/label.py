@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wsss.data.base import Images
+    from wsss.methods.affinity import Affinity
     from wsss.methods.base import WSSSModule
     from wsss.outputs.labels import LabelFolder
     from wsss.refine.pseudo import Refined
@@ -46,6 +47,8 @@ def label(cfg: DictConfig) -> int:
     images, method, origin, skipped = open_all(cfg)
     refine = build_refine(cfg, method)
     origin["settings"] |= flatten(refine.keywords, "refine")
+    if refine.args:
+        origin["settings"]["refine.affinity_sha256"] = sha256(cfg.refine.affinity)
     optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay}
     folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
     ids = list(images.ids)
@@ -143,11 +146,19 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
     settings |= flatten(asdict(method.protocol), "protocol")
     settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay")}
-    with open(cfg.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"version": __version__, "checkpoint": os.path.abspath(cfg.checkpoint), "checkpoint_sha256": digest}
+    checkpoint_path = os.path.abspath(cfg.checkpoint)
+    origin = {
+        "version": __version__,
+        "checkpoint": checkpoint_path,
+        "checkpoint_sha256": sha256(checkpoint_path),
+    }
     origin |= {"fingerprint": images.fingerprint, "classes": images.classes, "settings": settings}
     return images, method, origin, skipped
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
@@ -162,8 +173,9 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
 
     name, values = HydraConfig.get().runtime.choices["refine"], plain_values(cfg.refine, "refine")
     target = class_named(cfg.refine._target_)
-    check_arguments(target, values, "refine", given=("image", "cam"))
-    rule = values.get("background", {})
+    networks = [load_affinity(values.pop("affinity"))] if "affinity" in values else []
+    check_arguments(target, values, "refine", given=("self", "image", "cam"))
+    rule = values["background"] if isinstance(values.get("background"), dict) else {}
     check_arguments(background_scores, rule, "refine.background", given=("cam",))
     from_method = rule.get("rule") == "constant" and rule.get("value") is None
     if from_method:
@@ -173,9 +185,9 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
             f"refine={name} labels background, and the classes of these data cover the whole image: use refine=none "
             "with its own background"
         )
-    refine = partial(target, **values)
+    refine = partial(target, *networks, **values)
     try:
-        refine(torch.full((3, 32, 32), 128.0), torch.full((1, 32, 32), 0.5))
+        refine(torch.full((3, 96, 96), 128.0), torch.full((1, 96, 96), 0.5))
     except InputError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -184,6 +196,21 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
             f"refine={name} does not work with these values ({said}): see conf/refine/{name}.yaml"
         ) from error
     return refine
+
+
+def load_affinity(path: str) -> "Affinity":
+    """The network of refine=walk.
+
+    Raises:
+        InputError: the file cannot be read, or is the checkpoint of another method.
+    """
+    from wsss.assemble import load_stage
+    from wsss.methods.affinity import Affinity
+
+    network = load_stage(path, directories=extra_directories())
+    if not isinstance(network, Affinity):
+        raise InputError(f"refine.affinity={path} is of {type(network).__name__}: give a checkpoint of method=affinity")
+    return network
 
 
 def make(
@@ -203,7 +230,8 @@ def make(
 
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        method.to(torch.device("cuda", local % torch.cuda.device_count()))
+        for network in (method, *refine.args):
+            network.to(torch.device("cuda", local % torch.cuda.device_count()))
     method.eval()
     loader = open_items(images, pending, Normalise(method.mean, method.std), num_workers)
     ids, failed = list(images.ids), []

@@ -221,7 +221,7 @@ def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, An
     print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
     method.eval()
     try:
-        save_examples(out, [method.illustrate(batch) for batch in data.examples(8)])
+        save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
     except (InputError, RuntimeError, MemoryError, OSError) as error:
         raise RunError(f"{out} is complete, but for its pictures: {' '.join(str(error).split())[:300]}") from error
 

@@ -1,6 +1,7 @@
 """One DataModule for every data set."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -182,12 +183,13 @@ class DataModule(pl.LightningDataModule):
         shard = range(rank, len(self.val), world)
         return self._loader(_EvalItems(self.val, self), self.eval_batch_size, sampler=shard)
 
-    def examples(self, count: int) -> Iterator[dict[str, Any]]:
-        """Batches of one whole image to look at: the first of the evaluation, else of the training."""
+    def examples(self, count: int, smallest_side: int = 1) -> Iterator[dict[str, Any]]:
+        """Batches of one whole image to look at, no smaller: the first of the evaluation, else of the training."""
         shown = self.train if self.val is None else self.val
         assert shown is not None  # the constructor has seen to it
         items = _EvalItems(shown, self)
-        return (collate([items[index]]) for index in range(min(count, len(items))))
+        whole = (collate([items[index]]) for index in range(len(items)))
+        return islice((batch for batch in whole if min(batch["image"].shape[-2:]) >= smallest_side), count)
 
     def _loader(self, items: Dataset[dict[str, Any]], batch_size: int, **order: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(

@@ -13,6 +13,7 @@ from wsss.networks.affinity import AffinityNet, pair_affinity
 from wsss.networks.weights import misfit, read_state_dict
 from wsss.optim import sgd_poly
 from wsss.pairs import CELL, fitting_radius, source_size
+from wsss.refine.pseudo import Refined
 from wsss.refine.random_walk import pad_to_cells, refine_scores, with_background_score
 
 
@@ -136,6 +137,26 @@ class Affinity(Stage):
         result = walked.new_zeros(len(label), 1 + self.num_classes, *cam.shape[-2:])
         result[rows, index + 1], result[:, 0] = walked[:, 1 : 1 + count], walked[:, 0]
         return result if self.has_background else torch.cat([result[:, :1] - torch.inf, result[:, 1:]], dim=1)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        image: Tensor,
+        cam: Tensor,
+        background: float | None = None,
+        alpha: float = 16.0,
+        beta: float = 8.0,
+        logt: int = 8,
+    ) -> Refined:
+        """`refine` of one image for wsss-label: colours (3, H, W), 0..255, and maps (n, H, W) of its n classes."""
+        if alpha <= 0 or beta <= 0 or not 0 <= logt <= 16:
+            raise InputError(
+                f"refine has alpha={alpha}, beta={beta} and logt={logt}: expected alpha and beta above 0, logt 0 to 16"
+            )
+        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (self.mean, self.std))
+        label = torch.ones_like(cam[None, :, 0, 0])
+        scores = self.refine(((image / 255 - mean) / std)[None], cam[None], label, background, alpha, beta, logt)
+        return Refined(scores[0, : 1 + len(cam)].argmax(dim=0))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         settings = {name: self.hparams[name] for name in ("lr", "weight_decay", "momentum", "power")}
