@@ -10,14 +10,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "wsss"
 GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "writing"}
 COMMANDS = {
-    *GROUND, "assemble", "callbacks", "commandline", "config", "data", "evaluation", "methods", "networks", "outputs",
-    "predictor", "refine", "report", "runs", "stored",
+    *GROUND, "assemble", "callbacks", "checkpoints", "commandline", "config", "data", "evaluation", "methods",
+    "networks", "outputs", "predictor", "refine", "report", "runs", "stored",
 }  # fmt: skip
 LAYERS = {
     "commands": COMMANDS,  # and none of commands
     "commands/data": COMMANDS | {"prepare"},  # nothing else may: no training needs it
-    "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report", "stored"},
-    "predictor": {"assemble", "cam", "config", "data", "refine", "stored"},
+    "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report"},
+    "checkpoints": {"assemble", "config", "methods", "networks", "stored"},
+    "predictor": {"cam", "checkpoints", "config", "data", "refine"},
     "runs": {"config", "writing"},
     "callbacks": {"report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs", "writing"},
@@ -108,7 +109,7 @@ def test_pixels_enter_in_one_place() -> None:
     knowing = {
         name_of(path)
         for path in FILES
-        if layer_of(path) in ("data", "assemble", "commands")
+        if layer_of(path) in ("data", "assemble", "checkpoints", "commands", "commands/data")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in ("pseudo_mask", "affinity_scores", "affinity_label")
     }

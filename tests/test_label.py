@@ -15,8 +15,8 @@ from PIL import Image
 from tiny import RESNET38_OVERRIDES, VOC_OVERRIDES, Ended, call, make_voc, save_labels
 
 import wsss
-from wsss.assemble import load_stage
 from wsss.cam import resize
+from wsss.checkpoints import load_stage
 from wsss.data.datamodule import DataModule
 from wsss.data.pixels import Normalise
 from wsss.data.pseudo import PseudoMasks

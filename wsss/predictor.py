@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from wsss import InputError
-from wsss.assemble import load_stage
 from wsss.cam import resize, resize_ids
+from wsss.checkpoints import load_stage
 from wsss.data.files import read_image
 from wsss.data.pixels import Normalise, reduced
 from wsss.refine.thresholds import cam_to_label

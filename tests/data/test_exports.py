@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from wsss import InputError
-from wsss.data.folder import Folder, match
+from wsss.data.finding import match
+from wsss.data.folder import Folder
 from wsss.data.labels import folder_labels, read_labels
 
 COCO: dict[str, Any] = {

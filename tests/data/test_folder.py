@@ -20,7 +20,8 @@ import wsss.data.folder
 from wsss import InputError
 from wsss.data.datamodule import DataModule
 from wsss.data.files import read_image
-from wsss.data.folder import Folder, Photographs, find_images, match, survey
+from wsss.data.finding import find_images, match
+from wsss.data.folder import Folder, Photographs, survey
 from wsss.data.transforms import FlipCrop
 
 DATA = os.environ.get("WSSS_TEST_DATA")

@@ -10,7 +10,7 @@ from official import mctformer_to_official
 from omegaconf import OmegaConf
 
 from wsss import InputError
-from wsss.assemble import read_checkpoint
+from wsss.checkpoints import read_checkpoint
 from wsss.config import config_dir
 from wsss.losses import build as build_loss
 from wsss.methods.mctformer import MAPS, MCTformer

@@ -12,18 +12,9 @@ from wsss.config import call_checked, extra_directories, given_values, plain_val
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
-    from wsss.assemble import (
-        build_trainer,
-        checked_values,
-        fit_sizes,
-        load_method,
-        notes_on,
-        open_images,
-        quieten,
-        read_checkpoint,
-        with_classes,
-    )
+    from wsss.assemble import build_trainer, fit_sizes, notes_on, open_images, quieten, with_classes
     from wsss.callbacks import StepProgress
+    from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.datamodule import DataModule
     from wsss.report.pictures import save_examples
     from wsss.report.tables import print_figures
@@ -66,7 +57,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    from wsss.assemble import checkpoint_overrides
+    from wsss.checkpoints import checkpoint_overrides
 
     return checkpoint_overrides(arguments)
 

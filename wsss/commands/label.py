@@ -117,7 +117,8 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     """
     from dataclasses import asdict
 
-    from wsss.assemble import checked_values, fit_sizes, load_method, open_images, read_checkpoint
+    from wsss.assemble import fit_sizes, open_images
+    from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.base import as_images
     from wsss.methods.base import WSSSModule
 
@@ -204,7 +205,7 @@ def load_affinity(path: str) -> "Affinity":
     Raises:
         InputError: the file cannot be read, or is the checkpoint of another method.
     """
-    from wsss.assemble import load_stage
+    from wsss.checkpoints import load_stage
     from wsss.methods.affinity import Affinity
 
     network = load_stage(path, directories=extra_directories())
@@ -278,7 +279,7 @@ def make_one(
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    from wsss.assemble import checkpoint_overrides
+    from wsss.checkpoints import checkpoint_overrides
 
     return checkpoint_overrides(arguments)
 

@@ -17,7 +17,7 @@ def predict(cfg: DictConfig) -> int:
     import torch
     from torch.utils.data import DataLoader
 
-    from wsss.assemble import load_method, read_checkpoint
+    from wsss.checkpoints import load_method, read_checkpoint
     from wsss.config import extra_directories
     from wsss.data.doubts import contents, left_out
     from wsss.data.finding import find_files
@@ -73,7 +73,7 @@ def predict(cfg: DictConfig) -> int:
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    from wsss.assemble import checkpoint_overrides
+    from wsss.checkpoints import checkpoint_overrides
 
     return checkpoint_overrides(arguments, dataset=False)
 
