@@ -15,6 +15,8 @@ COMMANDS = {
 }  # fmt: skip
 LAYERS = {
     "commands": COMMANDS,  # and none of commands
+    "commands/run": {"commandline", "config", "pipeline", "report", "runs"},
+    "pipeline": {"runs", "writing"},
     "commands/data": COMMANDS | {"prepare"},  # nothing else may: no training needs it
     "assemble": {"config", "data", "evaluation", "methods", "networks", "refine", "report"},
     "checkpoints": {"assemble", "config", "methods", "networks", "stored"},
@@ -122,6 +124,7 @@ def test_pixels_enter_in_one_place() -> None:
         ("wsss", ("torch", "numpy", "hydra")),
         ("wsss.losses", ("pytorch_lightning", "timm", "hydra", "PIL", "wsss.methods")),
         ("wsss.commands.train", ("torch", "pytorch_lightning", "timm", "cv2", "PIL")),
+        ("wsss.commands.run", ("torch", "pytorch_lightning", "timm", "cv2", "wsss.methods")),
         ("wsss.runs", ("torch", "pytorch_lightning", "wsss.methods")),
         ("wsss.methods.toco", ("hydra", "albumentations")),
     ],

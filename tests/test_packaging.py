@@ -31,6 +31,7 @@ def test_wheel(tmp_path: Path) -> None:
         "wsss-train = wsss.commands.train:main",
         "wsss-eval = wsss.commands.evaluate:main",
         "wsss-label = wsss.commands.label:main",
+        "wsss-run = wsss.commands.run:main",
         "wsss-predict = wsss.commands.predict:main",
     ):
         assert command in entry_points.read_text()

@@ -102,6 +102,8 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
         except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the one of the other; both end a sweep
             if ours and not any(out.rglob("*.ckpt")):
                 _remove_run(out)
+            if isinstance(said := getattr(error, "code", None), str):  # a task that knows how it goes on
+                sys.exit(_say(name, said, 143 if said.startswith("terminated") else 130))
             terminated = type(error).__name__ == "SIGTERMException"
             goes_on = "; the same command with resume=auto goes on with it" if any(out.rglob("*.ckpt")) else ""
             said = "terminated" if terminated else "interrupted"

@@ -47,6 +47,21 @@ def print_sweep(directory: Path) -> None:
     Console().print(table)
 
 
+def print_pipeline(title: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of the stages of a pipeline: whether each ran, its time, its memory and its main figures."""
+    known = {"peak_memory_mb": "MB", "val/map": "map", "val/cam_miou": "cam_miou", "val/miou": "miou", "masks": "masks"}
+    keys = [key for key in known if any(key in record["figures"] for record in records.values())]
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for heading in ("seconds", *(known[key] for key in keys)):
+        table.add_column(heading, justify="right")
+    for name, record in records.items():
+        cells = [_cell(record["figures"].get(key)) for key in keys]
+        table.add_row(escape(name), record["status"], f"{record['seconds']:.0f}", *cells)
+    Console().print(table)
+
+
 def print_classes(
     title: str,
     classes: Sequence[str],

@@ -1,0 +1,169 @@
+"""`wsss-run`: a pipeline of commands, from image labels to a segmentation model, that goes on where it ended."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wsss import InputError, RunError
+from wsss.commandline import explain, order_arguments, run_command
+from wsss.config import absolute_paths, composing, extra_directories, flatten, plain_values, quote
+from wsss.pipeline import (
+    MODULES,
+    OUTPUTS,
+    REFERENCE,
+    Stage,
+    data_fingerprint,
+    end_leftover,
+    leftovers,
+    place,
+    run_stages,
+)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Run the stages that are not finished; returns the records of all, by name."""
+    from wsss.report.tables import print_pipeline
+    from wsss.runs import lock
+
+    described = check_settings(cfg)
+    out = Path(cfg.out).expanduser().resolve()
+    values = absolute_paths(plain_values(cfg.dataset, "dataset"))
+    stages = resolve(cfg, described, dataset_overrides(values))
+    place(stages, out, data_fingerprint(values, out))
+    out.mkdir(parents=True, exist_ok=True)
+    if not lock(out):
+        raise RunError(f"{out} is in use by another wsss-run: wait for its end, or give another out")
+    if cfg.clean:
+        clean(stages, out, delete=cfg.clean == "delete")
+        return {}
+    names = [stage.name for stage in stages]
+    last = names.index(cfg.stop_after) if cfg.stop_after else len(names) - 1
+    first = names.index(cfg.start_from) if cfg.start_from else 0
+    directories = [option for place in extra_directories() for option in ("--config-dir", place)]
+    return run_stages(
+        stages[: last + 1], out, directories, lambda records: print_pipeline(str(out), records), start=first
+    )
+
+
+def check_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The stages that the pipeline lists.
+
+    Raises:
+        InputError: a name of none of them, an order that cannot be, or a value of another kind.
+    """
+    chosen = HydraConfig.get().runtime.choices["pipeline"]
+    described = plain_values(cfg.pipeline, "pipeline").get("stages")
+    if not isinstance(described, dict) or not all(isinstance(stage, dict) for stage in described.values()):
+        raise InputError(
+            f"pipeline={chosen} lists no stages: expected NAME with command, overrides and needs in stages"
+        )
+    known = f"pipeline={chosen} has the stages {', '.join(described)}"
+    given = {"stop_after": cfg.stop_after, "start_from": cfg.start_from} | {f"stages.{n}": n for n in cfg.stages}
+    for key, name in given.items():
+        if name is not None and name not in described:
+            raise InputError(f"{key if key.startswith('stages') else f'{key}={name}'} is no stage: {known}")
+    if cfg.stop_after and cfg.start_from and [*described].index(cfg.stop_after) < [*described].index(cfg.start_from):
+        raise InputError(f"stop_after={cfg.stop_after} comes before start_from={cfg.start_from}: {known}")
+    if cfg.clean not in (True, False, "delete"):
+        raise InputError(f"clean is {cfg.clean!r}: expected true, which lists, delete, or false")
+    earlier: list[str] = []
+    for name, stage in described.items():
+        where = f"stage {name} of pipeline={chosen}"
+        if stage.get("command") not in MODULES:
+            raise InputError(f"{where} has the command {stage.get('command')!r}: known are {', '.join(MODULES)}")
+        if not set(stage.get("needs", [])) <= set(earlier):
+            raise InputError(f"{where} needs {', '.join(stage['needs'])}: expected names of stages before it")
+        earlier.append(name)
+    return described
+
+
+def resolve(cfg: DictConfig, described: Mapping[str, Any], dataset: Sequence[str]) -> list[Stage]:
+    """The stages with all their settings, as their commands will compose them.
+
+    Raises:
+        InputError: a setting that a command does not know, or an output that no stage needed leaves.
+    """
+    choice = HydraConfig.get().runtime.choices["dataset"]
+    stages: list[Stage] = []
+    methods: dict[str, str] = {}
+    for name, stage in described.items():
+        own, needs = list(cfg.stages.get(name) or []), stage.get("needs", [])
+        overrides = [f"dataset={choice}", *dataset, *stage.get("overrides", []), *own]
+        if stage["command"] != "label":
+            overrides.insert(0, f"seed={cfg.seed}")
+        for found in [found for override in overrides for found in REFERENCE.finditer(override)]:
+            if found[1] not in needs or found[2] not in OUTPUTS[described[found[1]]["command"]]:
+                raise InputError(f"{found[0]} of stage {name} names nothing that a stage in its needs leaves")
+            if found[2] == "checkpoint" and stage["command"] != "train":  # whose method it is then
+                overrides.insert(0, f"method={methods[found[1]]}")
+        try:
+            with composing(extra_directories()) as search_path:
+                arguments = [*order_arguments(overrides), *search_path]
+                composed = hydra.compose(stage["command"], arguments, return_hydra_config=True)
+            methods[name] = composed.hydra.runtime.choices["method"]
+            plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            settings = flatten(OmegaConf.to_container(plain, resolve=True))
+        except (InputError, HydraException, OmegaConfBaseException) as error:
+            raise InputError(f"stage {name}: {explain(error, stage['command'], overrides)}") from error
+        stages.append(Stage(name, stage["command"], overrides, needs, settings))
+    return stages
+
+
+def dataset_overrides(values: Mapping[str, Any]) -> list[str]:
+    """What the command line says of the data set, paths made absolute."""
+    given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").startswith("dataset.")]
+    keys = {o: o.partition("=")[0].removeprefix("dataset.") for o in given}
+    return [f"dataset.{key}={quote(values[key])}" if isinstance(values.get(key), str) else o for o, key in keys.items()]
+
+
+def clean(stages: Sequence[Stage], out: Path, delete: bool) -> None:
+    """List, or remove, the folders of stages that are none of these."""
+    found = leftovers(stages, out)
+    for folder in found:
+        if delete:
+            end_leftover(folder)
+            shutil.rmtree(folder)
+        print(f"{folder}{' removed' if delete else ''}")
+    advice = "" if delete or not found else ", clean=delete removes them"
+    print(f"{len(found)} folders in {out / 'stages'} do not belong to this command{advice}")
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Settings of single stages, which Hydra could not place, as one list of overrides for each stage."""
+    kept: list[str] = []
+    own: dict[str, list[str]] = {}
+    for argument in arguments:
+        found = re.fullmatch(r"\+*stages\.(\w+)(?:\.([^=]+))?=(.*)", argument, re.DOTALL)
+        if found is None:
+            kept.append(argument)
+        else:
+            own.setdefault(found[1], []).extend([f"{found[2]}={found[3]}"] if found[2] else split(found[3]))
+    return [*kept, *(f"+stages.{name}={quote(given)}" for name, given in own.items())]
+
+
+def split(listed: str) -> list[str]:
+    """The overrides of `[KEY=VALUE,KEY=VALUE]`, whose values may be lists themselves.
+
+    Raises:
+        InputError: it is no list of settings.
+    """
+    inner = listed.strip()[1:-1]
+    # a comma that is followed by the next KEY=
+    overrides = [
+        part.strip().strip("'\"") for part in re.split(r",(?=\s*['\"]?[+~]{0,2}[\w.]+=)", inner) if part.strip()
+    ]
+    if not (listed.strip().startswith("[") and listed.strip().endswith("]")) or any("=" not in o for o in overrides):
+        raise InputError(f"settings of a stage are {listed}: expected stages.NAME.KEY=VALUE or [KEY=VALUE,...]")
+    return overrides
+
+
+def main() -> None:
+    run_command("run", run, prepare)
