@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vgg import VGG
 
 from wsss import InputError
 from wsss.networks.affinity import AffinityHead, AffinityNet, pair_affinity
@@ -18,6 +19,8 @@ SLIM: dict[str, Any] = {"width": 4, "frozen_stages": 0, "batch_norm_momentum": 0
 )
 @pytest.mark.parametrize("size", [(64, 64), (75, 100)])
 def test_cells_of_eight_pixels(backbone: str, arguments: Any, size: tuple[int, int]) -> None:
+    if backbone.startswith("vgg") and not hasattr(VGG, "forward_intermediates"):
+        pytest.skip("this timm gives no intermediate features of VGG: the network refuses it in a sentence")
     network = AffinityNet(backbone, arguments=arguments).eval()
     with torch.no_grad():
         features = network(torch.randn(2, 3, *size))
