@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from wsss import InputError
-from wsss.data.files import load_label_dict, read_image, read_list, read_mask
+from wsss.data.files import image_size, load_label_dict, read_image, read_list, read_mask
 
 DATA = os.environ.get("WSSS_TEST_DATA")
 LABELS = {
@@ -429,3 +429,13 @@ def test_the_fields_own_file_reads_as_numpy_does() -> None:
     assert same(labels, np.load(path, allow_pickle=True).item())
     counts = {"train": 1464, "train_aug": 10_582, "val": 1449, "test": 1456}
     assert {name: len(read_list(path.parent / f"{name}.txt")) for name in counts} == counts
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "PPM"])
+def test_other_kinds_behind_a_known_suffix_are_not_opened(tmp_path: Path, kind: str) -> None:
+    """For some of them Pillow starts a program."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (5, 4)).save(path, kind)
+    assert image_size(path) is None
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        read_image(path)

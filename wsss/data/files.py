@@ -86,7 +86,7 @@ def read_image(path: PathLike) -> np.ndarray:
 def image_size(path: PathLike) -> tuple[int, int] | None:
     """Width and height as stored, from the file's header; None where that cannot be read."""
     try:
-        with reading(path, "an image", "replace it"), open(path, "rb") as file, Image.open(file) as image:
+        with reading(path, "an image", "replace it"), open_image(path) as image:
             return image.size
     except InputError:  # reading the whole image will say it
         return None

@@ -131,9 +131,9 @@ class LabelFolder:
             mask = self.files.masks / f"{name}.png"
             content = mask.read_bytes()
             try:
-                with Image.open(io.BytesIO(content)) as picture:
+                with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                     pixels, size = np.asarray(picture), list(picture.size)
-            except (OSError, SyntaxError, ValueError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise InputError(f"{mask} is damaged: remove it and run again") from error
             counts[index] = np.bincount(pixels.ravel(), minlength=256)[known]
             if counts[index].sum() != pixels.size:
