@@ -22,7 +22,7 @@ LAYERS = {
     "checkpoints": {"assemble", "config", "methods", "networks", "stored"},
     "predictor": {"cam", "checkpoints", "config", "data", "refine"},
     "runs": {"config", "writing"},
-    "callbacks": {"report", "writing"},
+    "callbacks": {"evaluation", "report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs", "writing"},
     "networks": {"networks", "cam", "pairs", "pickles"},
     "losses": {"losses", "lattice", "cam", "pairs"},

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from wsss import RunError
+from wsss.evaluation.comparison import COLUMNS
 from wsss.report.tables import Meter
 from wsss.writing import write_whole
 
@@ -115,6 +117,34 @@ class RunLog(pl.Callback):
         self.evaluated, self.figures = log["evaluated"], log["figures"]
         if isinstance(trainer.logger, CSVLog):
             trainer.logger.keep(log["rows"])
+
+
+class PerImageCounts(pl.Callback):
+    """Writes the counts of each image that an evaluation returns to `per_image.csv`, of each process its own.
+
+    They grow with the images, so that no metric holds them.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.open = ExitStack()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = "per_image.csv" if trainer.world_size == 1 else f"per_image.{trainer.global_rank}.csv"
+        file = self.open.enter_context(write_whole(self.out / name))
+        self.text = self.open.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        csv.writer(self.text).writerow(COLUMNS)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        csv.writer(self.text).writerows(outputs["counts"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.open.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.open.__exit__(type(exception), exception, exception.__traceback__)
 
 
 class CSVLog(Logger):

@@ -196,3 +196,28 @@ def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
     in_rows = (rows >= box[:, 0:1]) & (rows < box[:, 1:2])
     in_cols = (cols >= box[:, 2:3]) & (cols < box[:, 3:4])
     return in_rows[:, :, None] & in_cols[:, None, :]
+
+
+def otsu(histogram: Tensor, values: Tensor) -> Tensor:
+    """Otsu's threshold of each of K histograms: what parts it with the largest variance between the two parts.
+
+    N. Otsu, "A threshold selection method from gray-level histograms", IEEE Trans. SMC 9 (1979), equation 18. The first
+    of equal ones is taken; it is 0 for an empty histogram.
+
+    Args:
+        histogram: (V, K) counts of V bins, V >= 2.
+        values: (V,) what each bin stands for, ascending.
+
+    Returns:
+        (K,) long: the last bin of the lower part, 0 to V - 2.
+    """
+    share = histogram.double() / histogram.sum(0).clamp(min=1)
+    lower, moment = share.cumsum(0), (share * values.double()[:, None]).cumsum(0)
+    between = (moment[-1:] * lower - moment).square() / (lower * (lower[-1:] - lower))
+    return between[:-1].nan_to_num(0.0, posinf=0.0).argmax(0)
+
+
+def area_prior(histogram: Tensor, share: float) -> Tensor:
+    """The last bin of the lower part, 0 to V - 2, for which the upper one holds a share of (V,) counts most nearly."""
+    above = 1 - histogram.double().cumsum(0) / histogram.sum().clamp(min=1)
+    return (above[:-1] - share).abs().argmin()

@@ -20,6 +20,8 @@ RULES: list[dict[str, Any]] = [
     {"rule": "constant", "value": -1.0},
     {"rule": "alpha", "value": 3},
     {"rule": "pair", "low": 0.3, "high": 0.6},
+    {"rule": "otsu"},
+    {"rule": "area_prior", "value": 0.3},
 ]
 
 
@@ -40,7 +42,26 @@ def image() -> torch.Tensor:
 def scores_by_hand(cam: np.ndarray, rule: str, value: float = 0, low: float = 0, high: float = 0) -> list[np.ndarray]:
     if rule == "pair":
         return [np.full(cam.shape[1:], low), np.full(cam.shape[1:], high)]
+    if rule == "area_prior":
+        shares = np.array([(cam.max(0) > threshold).mean() for threshold in np.arange(100) / 100])
+        return [np.full(cam.shape[1:], np.abs(shares - value).round(12).argmin() / 100)]
+    if rule == "otsu":
+        of_class = [otsu_by_hand(cam.max(0)[cam.argmax(0) == k]) for k in range(len(cam))]
+        return [np.array(of_class)[cam.argmax(0)]]
     return [np.full(cam.shape[1:], value) if rule == "constant" else (1 - cam.max(0)) ** value]
+
+
+def otsu_by_hand(values: np.ndarray) -> float:
+    """The first of the thresholds 0, 0.01, ... with the largest variance between the values up to it and above it."""
+    rounded = np.where(values > 0, np.ceil((values * 100).round(9)) / 100 - 0.005, 0)
+    best, chosen = 0.0, 0.0
+    for threshold in np.arange(100) / 100:
+        low, high = rounded[values <= threshold], rounded[values > threshold]
+        if len(low) and len(high):
+            between = len(low) * len(high) / len(values) ** 2 * (low.mean() - high.mean()) ** 2
+            if between > best * (1 + 1e-9):
+                best, chosen = between, threshold
+    return chosen
 
 
 def best(background: float, classes: np.ndarray) -> int:

@@ -11,9 +11,11 @@ from wsss.config import call_checked, extra_directories, given_values, plain_val
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Evaluate, print a table, write metrics.json and pictures; returns the figures."""
+    """Evaluate, print a table, write metrics.json, tables.json and pictures; returns the figures."""
+    import pytorch_lightning as pl
+
     from wsss.assemble import build_trainer, fit_sizes, notes_on, open_images, quieten, with_classes
-    from wsss.callbacks import StepProgress
+    from wsss.callbacks import PerImageCounts, StepProgress
     from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.datamodule import DataModule
     from wsss.report.pictures import save_examples
@@ -22,6 +24,8 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     from wsss.writing import write_json
 
     quieten()
+    if not isinstance(cfg.detail, bool):
+        raise InputError(f"detail is {cfg.detail!r}: expected true or false")
     run = HydraConfig.get()
     out = Path(run.runtime.output_dir)
     checkpoint = read_checkpoint(cfg.checkpoint, extra_directories())
@@ -40,17 +44,21 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     method = load_method(cfg, checkpoint, data.classes)
     if not method.figures(data.has_masks):
         raise InputError(f"{type(method).__name__} has no figure that could be measured: evaluate what it refines")
+    if cfg.detail:
+        method.measure_details()
     data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
     write_skipped(out, [*skipped, *small])
     settings = plain_values(cfg.trainer, "trainer")
-    callbacks = [StepProgress()] if settings["enable_progress_bar"] else []
+    callbacks: list[pl.Callback] = [StepProgress()] if settings["enable_progress_bar"] else []
+    callbacks += [PerImageCounts(out)] if cfg.detail else []
     trainer = build_trainer(settings | {"enable_progress_bar": False}, logger=False, callbacks=callbacks)
     trainer.validate(method, data, verbose=False)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
     write_json(out / "run.json", provenance(cfg, run.overrides.task))
-    protocol = {f"protocol/{key}": note for key, note in notes.items()}
+    protocol = {f"protocol/{key}": note for key, note in notes.items() if key in figures}
     write_json(out / "metrics.json", {"checkpoint": cfg.checkpoint} | figures | protocol)
+    write_json(out / "tables.json", method.tables)
     save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
     print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
     return figures

@@ -217,7 +217,8 @@ def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, An
     from wsss.writing import write_json
 
     notes = method.describe(data.val_name) if data.val is not None else {}
-    write_json(out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
+    protocol = {f"protocol/{key}": note for key, note in notes.items() if key in figures}
+    write_json(out / "metrics.json", figures | protocol)
     print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
     method.eval()
     try:

@@ -119,23 +119,38 @@ class WSSSModule(Stage):
         return cam_to_label(cam, label, self.background_threshold)
 
     def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(split, self.cam_scales, self.background_threshold)
+        notes = self.protocol.describe(split, self.cam_scales, self.background_threshold, self.cam_names)
         return {f"val/{key}": note for key, note in notes.items()}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        output, label = self.infer(batch["image"]), batch["label"]
-        for key in ("map", "image_map"):
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        with self.watching_tokens():
+            output = self.infer(batch["image"])
+        label = batch["label"]
+        for key in ("map", "image_map", "f1"):
             self.metrics[key].update(output["logits"], label)
         if "mask" not in batch:
-            return
-        mask = batch["mask"]
+            return {"counts": []}
+        counts, mask = [], batch["mask"]
         size = reduced_size(mask.shape[-2:], self.protocol.max_side)
         if output["seg"] is not None:
-            ids = self.segment(batch["image"], size, output["seg"]).argmax(1)
-            self.metrics["miou"].update(resize_ids(ids, mask.shape[-2:]), mask)
+            ids = resize_ids(self.segment(batch["image"], size, output["seg"]).argmax(1), mask.shape[-2:])
+            self.metrics["miou"].update(ids, mask)
+            counts += self.compare(ids, batch)
+            if "absent" in self.metrics:
+                self.metrics["absent"].update(ids, label)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
+        # of a thousand classes only those of these images are enlarged; the first one where they show none
+        shown = kept.any(0).nonzero()[:, 0] if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)
+        kept, ids_of = kept[:, shown], torch.cat([shown.new_zeros(1), shown + 1])
         for name in self.cam_names:
-            self.metrics[f"{name}_miou"].update(resize(output[name], size), kept, mask)
+            cam = resize(output[name][:, shown], size)
+            self.metrics[f"{name}_miou"].update(cam, kept, mask, shown)
+            if f"{name}_absent" in self.metrics:
+                ids = resize_ids(ids_of[cam_to_label(cam, kept, self.background_threshold)], mask.shape[-2:])
+                counts += self.compare(ids, batch, f"{name}_")
+                uncut = cam_to_label(output[name], torch.ones_like(label), self.background_threshold)
+                self.metrics[f"{name}_absent"].update(uncut, label)
+        return {"counts": counts}
 
     @torch.no_grad()
     def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

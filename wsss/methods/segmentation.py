@@ -97,11 +97,18 @@ class Segmentation(Stage):
         return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))
 
     def describe(self, split: str) -> dict[str, str]:
-        return {"val/miou": self.protocol.describe(split, (1.0,), 0.0)["miou"]}
+        notes = self.protocol.describe(split, (1.0,), 0.0, cam_names=())
+        return {f"val/{key}": note for key, note in notes.items()}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if "mask" in batch:
-            self.metrics["miou"].update(self.predict_ids(batch["image"], batch["mask"].shape[-2:]), batch["mask"])
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if "mask" not in batch:
+            return {"counts": []}
+        with self.watching_tokens():
+            ids = self.predict_ids(batch["image"], batch["mask"].shape[-2:])
+        self.metrics["miou"].update(ids, batch["mask"])
+        if "absent" in self.metrics:
+            self.metrics["absent"].update(ids, batch["label"])
+        return {"counts": self.compare(ids, batch)}
 
     def predict_ids(self, image: Tensor, size: Sequence[int]) -> Tensor:
         """(B, *size) ids under the protocol."""

@@ -1,6 +1,7 @@
 """What all stages of a recipe share: loss terms, protocol, figures, checkpoint contents. No training logic."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.cam import denormalise, multiscale_seg, reduce, resize
-from wsss.evaluation.metrics import figures_of
+from wsss.evaluation.details import OverSmoothing, mask_details, per_image
+from wsss.evaluation.metrics import figures_of, tables_of
 from wsss.evaluation.protocol import Protocol
 from wsss.losses import build
 from wsss.refine.crf import dense_crf
@@ -58,6 +60,7 @@ class Stage(pl.LightningModule):
         check_classes(self.classes)
         self.protocol = Protocol()
         self.metrics: Any = nn.ModuleDict()
+        self.tables: dict[str, Any] = {}  # of the last evaluation, see `wsss.evaluation.metrics.tables_of`
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
         self.loss_weights: dict[str, float] = {}
@@ -145,7 +148,8 @@ class Stage(pl.LightningModule):
 
     def figures(self, has_masks: bool) -> list[str]:
         """What an evaluation logs, which is what a run can be monitored by; without masks only what labels tell."""
-        return [f"val/{key}" for key in self.metrics if has_masks or key.endswith("map")]
+        without_masks = ("map", "image_map", "f1")
+        return [f"val/{key}" for key in self.metrics if has_masks or key in without_masks]
 
     def describe(self, split: str) -> dict[str, str]:
         """For each evaluated figure what it was measured on and under which protocol."""
@@ -158,8 +162,57 @@ class Stage(pl.LightningModule):
         """
         return {}
 
+    def measure_details(self) -> None:
+        """From now on an evaluation also gives what takes time to measure."""
+        for prefix in ("", *(f"{name}_" for name in self.cam_names)):
+            if f"{prefix}miou" in self.metrics:
+                self.metrics.update(mask_details(self.num_classes, prefix))
+        if (transformer := self.transformer) is not None:
+            self.metrics["over_smoothing"] = OverSmoothing(len(transformer.blocks))
+
+    @property
+    def transformer(self) -> Any:
+        """The first network in here with timm's `blocks` and `num_prefix_tokens`; None without any."""
+        named = (m for m in self.modules() if hasattr(m, "blocks") and hasattr(m, "num_prefix_tokens"))
+        return next(named, None)
+
+    @contextmanager
+    def watching_tokens(self) -> Iterator[None]:
+        """Counts the patch tokens of the first pass through each block, if they are measured."""
+        if "over_smoothing" not in self.metrics:
+            yield
+            return
+        blocks, prefix = self.transformer.blocks, self.transformer.num_prefix_tokens
+        seen: list[Tensor] = []
+
+        def keep(block: nn.Module, inputs: Any, output: Tensor) -> None:
+            if len(seen) < len(blocks):
+                seen.append(output[:, prefix:])
+
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.metrics["over_smoothing"].update(seen)
+
+    def compare(
+        self, ids: Tensor, batch: Mapping[str, Any], prefix: str = ""
+    ) -> list[tuple[str, str, int, int, int, int]]:
+        """Counts predicted masks (B, H, W) in detail, where that was asked for; returns rows of per_image.csv."""
+        if f"{prefix}size_miou" not in self.metrics:
+            return []
+        for key in ("boundary_miou", "trimap_miou", "size_miou"):
+            self.metrics[f"{prefix}{key}"].update(ids, batch["mask"])
+        self.metrics[f"{prefix}cooccurrence"].update(ids, batch["mask"], batch["label"])
+        return per_image(f"{prefix}miou", batch["id"], ids, batch["mask"], 1 + self.num_classes)
+
     def on_validation_epoch_end(self) -> None:
-        figures = figures_of(self.metrics, self.classes)
+        figures = figures_of(self.metrics, self.classes, self.protocol)
+        self.tables = tables_of(self.metrics, self.classes)
+        for metric in self.metrics.values():
+            metric.reset()
         self.log_dict({f"val/{key}": value for key, value in figures.items()}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -129,6 +129,7 @@ class MCTEncoder(nn.Module):
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
         first: Any = vit.blocks[0]
         self.num_heads: int = first.attn.num_heads
+        self.num_prefix_tokens = num_classes  # timm's word for those before the patches
         side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
         if side < 1:
             raise InputError(f"img_size is {size}: expected at least one patch of {self.patch_size} pixels")

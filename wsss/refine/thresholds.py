@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wsss import InputError
+from wsss.cam import area_prior, otsu
 
 
 def cam_to_label(
@@ -64,7 +65,9 @@ def background_scores(
 
     Args:
         cam: (B, C, H, W) in [0, 1] of the classes that the images show, C >= 1.
-        rule: `constant` takes `value`, `alpha` takes (1 - max_c cam)^value, `pair` takes `low` and `high` (ToCo).
+        rule: `constant` takes `value`, `alpha` takes (1 - max_c cam)^value, `pair` takes `low` and `high` (ToCo);
+            `otsu` is Otsu's threshold of each class of each image (see `image_thresholds`), `area_prior` the one at
+            which a share `value` of each image is foreground.
 
     Returns:
         One or two of (B, H, W), the low one first.
@@ -73,6 +76,7 @@ def background_scores(
         InputError: no such rule, or a number that it needs is missing or out of range.
     """
     needed = {"constant": {"value": value}, "alpha": {"value": value}, "pair": {"low": low, "high": high}}
+    needed |= {"otsu": {}, "area_prior": {"value": value}}
     if rule not in needed:
         raise InputError(f"background.rule is {rule!r}: expected {', '.join(needed)}")
     for name, number in needed[rule].items():
@@ -82,9 +86,36 @@ def background_scores(
         if not value or value < 0:
             raise InputError(f"background.value is {value}: expected an alpha above 0")
         return (power_background(cam, value),)
+    if rule in ("otsu", "area_prior"):
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"background.value is {value}: expected a share of foreground between 0 and 1")
+        return (image_thresholds(cam, value if rule == "area_prior" else None),)
     if low is not None and high is not None and low > high:
         raise InputError(f"background.low is {low} and high is {high}: expected low <= high")
     return tuple(torch.full_like(cam[:, 0], number or 0.0) for number in needed[rule].values())
+
+
+def image_thresholds(cam: Tensor, share: float | None = None) -> Tensor:
+    """For each pixel a threshold that the image's own values choose, among 0, 0.01, ..., 0.99.
+
+    Args:
+        cam: (B, C, H, W) in [0, 1] of the classes that the images show, C >= 1.
+        share: how much of an image is to be foreground; None takes Otsu's threshold (`wsss.cam.otsu`) of the values of
+            the pixels where a class has the largest, for the pixels of each class.
+
+    Returns:
+        (B, H, W).
+    """
+    thresholds = torch.arange(100, dtype=cam.dtype, device=cam.device) / 100
+    middles = torch.cat([thresholds[:1], thresholds[1:] - 0.005, thresholds[-1:] + 0.005])
+    result = []
+    for value, index in zip(*cam.max(dim=1), strict=True):
+        classes = cam.shape[1]
+        place = torch.bucketize(value, thresholds) * classes + index
+        counts = torch.bincount(place.flatten(), minlength=len(middles) * classes).view(len(middles), classes)
+        chosen = otsu(counts, middles)[index] if share is None else area_prior(counts.sum(1), share)
+        result.append(thresholds[chosen].expand_as(value))
+    return torch.stack(result)
 
 
 def agreement(low: Tensor, high: Tensor, ignore_index: int = 255) -> Tensor:

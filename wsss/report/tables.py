@@ -10,21 +10,49 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 T = TypeVar("T")
+TRUE_LABELS = "true image labels"
+"""What a protocol says of figures for which the test was told which classes an image shows."""
+
 SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
 """The figures of a run that stand in tables over runs."""
 
 
 def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title: str) -> None:
-    """A table of figures, each with the protocol it was measured under."""
+    """A table of figures, each with the protocol it was measured under.
+
+    Beside what was reached with a threshold stands what the masks' choice would have added. What all figures share of
+    their protocol stands below. True image labels are red: they took part in the test.
+    """
+    parts = {key: notes[key].split(", ") for key in figures if notes.get(key)}
+    shared = [p for p in next(iter(parts.values()), []) if all(p in others for others in parts.values())]
+    if len(parts) < 2:
+        shared = []
+    gaps = {key.removesuffix("gap") + "miou": value for key, value in figures.items() if key.endswith("gap")}
     table = Table(title=escape(title), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
+    if gaps:
+        table.add_column("to best", justify="right")
     table.add_column("measured on")
+    above = ""
     for key, value in figures.items():
+        if key.endswith("gap") and key.removesuffix("gap") + "miou" in figures:
+            continue
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        table.add_row(escape(key), shown, escape(notes.get(key, "")))
+        gap = [f"+{gaps[key]:.4f}" if key in gaps else ""] if gaps else []
+        said = ", ".join(part for part in parts.get(key, ()) if part not in shared)
+        again = above and f"{said}, ".startswith(f"{above}, ")
+        note = Text(f"as above{said[len(above) :]}" if again else said)
+        if TRUE_LABELS in said:
+            note.highlight_words([TRUE_LABELS, "as above"], "bold red")
+        above = above if again else said
+        table.add_row(escape(key), shown, *gap, note)
+    if shared:
+        table.caption = Text(f"all on {', '.join(shared)}")
+        table.caption_justify = "left"
     Console().print(table)
 
 
