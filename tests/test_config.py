@@ -109,3 +109,21 @@ def test_plain_values_survive_hydra(value: Any) -> None:
     plain = OmegaConf.to_container(OmegaConf.create({"key": parsed}))
     assert plain == {"key": value}
     assert type(plain["key"]) is type(value)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "own"),
+    [
+        ("toco", "voc", "toco_voc"),
+        ("toco", "coco", "toco_coco"),
+        ("segmentation", "voc", "large_fov"),
+        ("cam", "voc", None),
+    ],
+)
+def test_the_papers_protocol_is_each_methods_own(method: str, dataset: str, own: str | None) -> None:
+    """protocol=paper is what conf/protocol has for the method, else one scale; the masks choose the threshold."""
+    names = [f"method={method}", f"dataset={dataset}"]
+    paper = OmegaConf.to_container(compose("eval", overrides=[*names, "protocol=paper"]).protocol)
+    expected: Any = OmegaConf.to_container(compose("eval", overrides=[*names, f"protocol={own or 'paper'}"]).protocol)
+    assert paper == expected | {"threshold": "best"}
+    assert Protocol(**paper).rules(0.4) == ("best", "fixed", "otsu")

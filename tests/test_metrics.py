@@ -1,5 +1,8 @@
 """Metrics against straightforward references."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ import torch
 from wsss import InputError
 from wsss.evaluation.classification import ClassificationMAP, ImageMAP
 from wsss.evaluation.metrics import CamIoU, SegmentationIoU, evaluation, figures_of, tables_of
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.protocol import Protocol, extra_supervision
+from wsss.report.tables import print_figures
 
 
 def iou_reference(predictions: np.ndarray, targets: np.ndarray, num_ids: int) -> list[float]:
@@ -250,3 +254,59 @@ def test_protocol_is_said() -> None:
 def test_protocol_refuses(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):
         Protocol(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threshold": "guessed"}, "fixed or otsu or area_prior or best"),
+        ({"threshold": "area_prior"}, "area_prior is not set"),
+        ({"area_prior": 1.5}, "between 0 and 1"),
+        ({"extras": {"sizes": [1]}}, "protocol.extras.sizes does not exist"),
+        ({"extras": {"flip": "up"}}, "protocol.flip is 'up'"),
+    ],
+)
+def test_protocol_refuses_rules_and_extras(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Protocol(**arguments)
+
+
+def test_protocol_with_extras_has_three_steps() -> None:
+    crf = {"iterations": 3}
+    protocol = Protocol(max_side=99, extras={"scales": [1.0, 0.5], "flip": "max", "crf": crf})
+    steps = protocol.steps()
+    assert list(steps) == ["", "multiscale_", "crf_"]
+    assert steps[""] == Protocol(max_side=99)
+    assert steps["multiscale_"] == Protocol(max_side=99, scales=[1.0, 0.5], flip="max")
+    assert steps["crf_"] == Protocol(max_side=99, scales=[1.0, 0.5], flip="max", crf=crf)
+    assert list(Protocol(extras={"crf": crf}).steps()) == ["", "crf_"]
+    notes = protocol.describe("val", (1.0,), 0.5)
+    assert "single scale" in notes["miou"]
+    said = "scales 1, 0.5 (max) with flip (max), image size, reduced to 99, no image labels, no CRF"
+    assert said in notes["multiscale_miou"]
+    assert "CRF iterations 3" in notes["crf_miou_all"]
+
+
+def test_extra_supervision_is_told_by_the_names_of_weights() -> None:
+    told = ["all tensors of timm weights vit_base_patch16_224.orig_in21k_ft_in1k", "x of vit_base_patch16_clip.openai"]
+    assert extra_supervision(told) == "extra supervision ImageNet-21k and CLIP"
+    assert extra_supervision(["timm weights deit_small.fb_in1k"]) == "no extra supervision known"
+
+
+def test_table_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """What all figures share stands once, rules beside what the masks would have added, true labels in red."""
+    maps = "val, image size, true image labels, threshold 0.4"
+    notes = {"a_miou": maps, "a_miou_all": f"{maps}, all ids", "b": "val, image size, no CRF"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "120")
+        patch.setenv("FORCE_COLOR", "1")
+        print_figures({"a_miou": 0.5, "a_gap": 0.125, "a_miou_all": 0.25, "b": 0.75, "steps": 3}, notes, "title")
+    coloured = capsys.readouterr().out
+    assert "\x1b[1;31mtrue image labels" in coloured
+    assert "\x1b[1;31mas above" in coloured
+    printed = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert "+0.1250" in printed
+    assert "a_gap" not in printed
+    assert "as above, all ids" in printed
+    assert "all on val, image size" in printed
+    assert printed.count("image size") == 1

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -21,7 +22,7 @@ from wsss.data.datamodule import DataModule
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
 from wsss.data.transforms import Transform
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.protocol import EXTRAS, Protocol
 from wsss.refine.crf import dense_crf
 from wsss.report.tables import progress
 
@@ -175,13 +176,18 @@ def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Image
 
 def build_protocol(values: Mapping[str, Any]) -> Protocol:
     """The protocol of plain values, the arguments of its CRF checked."""
+    if isinstance(extras := values.get("extras"), Mapping):  # of the kinds that the protocol itself takes
+        others = {field.name for field in fields(Protocol)} - {*EXTRAS}
+        check_arguments(Protocol, extras, "protocol.extras", given=others)
     protocol: Protocol = call_checked(Protocol, values, "protocol")
-    if protocol.crf is not None:
-        check_arguments(dense_crf, protocol.crf, "protocol.crf", given=("image", "probability"))
-        for key, count in (("gaussian", 2), ("bilateral", 3)):
-            numbers = protocol.crf.get(key, (1,) * count)
-            if len(numbers) != count or not all(0 < number < 1e6 for number in numbers):
-                raise InputError(f"protocol.crf.{key} is {list(numbers)}: expected {count} positive numbers")
+    extras = protocol.extras or {}
+    for name, crf in (("protocol.crf", protocol.crf), ("protocol.extras.crf", extras.get("crf"))):
+        if crf is not None:
+            check_arguments(dense_crf, crf, name, given=("image", "probability"))
+            for key, count in (("gaussian", 2), ("bilateral", 3)):
+                numbers = crf.get(key, (1,) * count)
+                if len(numbers) != count or not all(0 < number < 1e6 for number in numbers):
+                    raise InputError(f"{name}.{key} is {list(numbers)}: expected {count} positive numbers")
     return protocol
 
 

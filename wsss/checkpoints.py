@@ -197,6 +197,8 @@ def restore(
         raise InputError(f"checkpoint {path} has another kind of numbers in {', '.join(odd[:3])} ({len(odd)} in all)")
     method.load_state_dict(theirs)
     method.mean, method.std = (tuple(origin.get(key, getattr(method, key))) for key in ("mean", "std"))
+    told = origin.get("loaded", ())
+    method.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
     if not origin.get("has_background", True):
         method.without_background()
     return method

@@ -221,7 +221,7 @@ class CamIoU(Measure):
         return curve[stop], thresholds[stop]
 
     def chosen(self, rule: str, share: float | None = None) -> Tensor:
-        """(C,) long: the number of each class's threshold by a rule that looks at no mask; see the class."""
+        """(C,) long: the number of each class's threshold by a rule; of these only `best` looks at the masks."""
         histogram = self.pixels.sum(1)
         if rule == "area_prior":
             assert share is not None  # the protocol has seen to it
@@ -229,6 +229,8 @@ class CamIoU(Measure):
         if rule == "otsu":
             ends = torch.cat([self.thresholds.new_zeros(1), self.thresholds, self.thresholds.new_ones(1)]).clamp(0, 1)
             return otsu(histogram, (ends[1:] + ends[:-1]) / 2)
+        if rule == "best":
+            return self.curve().argmax().expand(histogram.shape[1])
         return torch.full_like(histogram[0], self.fixed)
 
     def figures(self, key: str, classes: Sequence[str], protocol: Protocol) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wsss import InputError
+
+EXTRAS = ("scales", "flip", "fusion", "softmax", "align_corners", "crf")
+"""Settings of a protocol that may be measured beside it."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,15 @@ class Protocol:
         crf: arguments of `wsss.refine.crf.dense_crf` for the segmentation; None for no CRF.
         image_labels: `true`: CAMs are cut to the labels of the image, as the field does; `predicted`: to the
             classes with a probability above one half.
-        threshold: the rule that chooses the background threshold of CAMs before any mask is seen: `fixed` is the
+        threshold: the rule that chooses the background threshold of CAMs. Before any mask is seen: `fixed` is the
             method's own, `otsu` and `area_prior` look at the values of all images, see
-            `wsss.evaluation.metrics.CamIoU`. The others are measured beside it.
+            `wsss.evaluation.metrics.CamIoU`. `best` is what papers do, the threshold that the masks like best. The
+            others are measured beside it.
         area_prior: share of foreground that the rule of this name aims at, in images with a label; None leaves the
             rule out.
+        extras: what is done beyond this at test time, measured beside it in the same pass: `multiscale_miou` with its
+            scales, flip, fusion, softmax and align_corners in the place of the above, and `crf_miou` with its crf upon
+            that. None measures neither.
     """
 
     max_side: int | None = None
@@ -45,6 +52,7 @@ class Protocol:
     image_labels: str = "true"
     threshold: str = "fixed"
     area_prior: float | None = None
+    extras: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -52,7 +60,7 @@ class Protocol:
             ("flip", ("none", "sum", "max")),
             ("fusion", ("max", "sum")),
             ("softmax", ("after", "before")),
-            ("threshold", ("fixed", "otsu", "area_prior")),
+            ("threshold", ("fixed", "otsu", "area_prior", "best")),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"protocol.{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
@@ -64,6 +72,21 @@ class Protocol:
             raise InputError("protocol.area_prior is not set, which protocol.threshold=area_prior needs: give a share")
         if self.area_prior is not None and not 0 < self.area_prior < 1:
             raise InputError(f"protocol.area_prior is {self.area_prior}: expected a share between 0 and 1")
+
+        unknown = [name for name in self.extras or {} if name not in EXTRAS]
+        if unknown:
+            raise InputError(f"protocol.extras.{unknown[0]} does not exist: known are {', '.join(EXTRAS)}")
+        self.steps()
+
+    def steps(self) -> dict[str, "Protocol"]:
+        """The protocol, and with its extras one after the other, by what the names of their figures begin with."""
+        alone, extras = replace(self, extras=None) if self.extras else self, dict(self.extras or {})
+        steps, crf = {"": alone}, extras.pop("crf", None)
+        if extras:
+            steps["multiscale_"] = alone = replace(alone, **extras)
+        if crf is not None:
+            steps["crf_"] = replace(alone, crf=crf)
+        return steps
 
     def rules(self, background_threshold: float) -> tuple[str, ...]:
         """The rules for the threshold that can be followed, the one of the protocol first."""
@@ -88,17 +111,15 @@ class Protocol:
             "fixed": f"{cam}, threshold {background_threshold:g}",
             "otsu": f"{cam}, Otsu's threshold of each class over all images, chosen without masks",
             "area_prior": f"{cam}, threshold with {self.area_prior} of foreground, chosen without masks",
+            "best": chosen,
         }
         if background_threshold < 0:  # then nothing is chosen
             chosen = said["fixed"] = f"{cam}, no background"
         first, *others = self.rules(background_threshold)
-        fusion = self.fusion if self.softmax == "after" else f"{self.fusion} of probabilities"
-        seg = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({fusion})"
-        seg += "" if self.flip == "none" else f" with flip ({self.flip})"
-        crf = "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
-        seg = f"{split}, {seg}, {size}, no image labels, {crf}"
         logits = f"{split}, single scale, {size}"
-        notes = _of_masks("", seg)
+        notes: dict[str, str] = {}
+        for word, step in self.steps().items():
+            notes |= _of_masks(word, f"{split}, {step._scales()}, {size}, no image labels, {step._crf()}")
         for name in cam_names:
             notes |= _of_masks(f"{name}_", said["fixed"])
             notes |= _means(f"{name}_", said[first])
@@ -113,6 +134,15 @@ class Protocol:
             "image_f1": f"{logits}, probability above 0.5, average over the images (ToCo's F1)",
             "over_smoothing": f"{logits}, mean cosine of the patch tokens after the last block",
         }
+
+    def _scales(self) -> str:
+        """How the segmentation is fused."""
+        fusion = self.fusion if self.softmax == "after" else f"{self.fusion} of probabilities"
+        scales = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({fusion})"
+        return scales if self.flip == "none" else f"{scales} with flip ({self.flip})"
+
+    def _crf(self) -> str:
+        return "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
 
 
 def _means(prefix: str, said: str) -> dict[str, str]:
@@ -135,6 +165,29 @@ def _of_masks(prefix: str, said: str) -> dict[str, str]:
         f"{prefix}cooccurrence": f"{said}, of pixels in images of several classes those taken for another of them",
         f"{prefix}absent": f"{said}, of the foreground what is given to classes that the image does not show",
     }
+
+
+def extra_supervision(loaded: Sequence[str]) -> str:
+    """What weights have seen beyond ImageNet-1k and image labels, if their names tell it.
+
+    Args:
+        loaded: in words which weights networks started from.
+    """
+    found = dict.fromkeys(name for tag, name in TAGS.items() for words in loaded if tag in words.lower())
+    return f"extra supervision {' and '.join(found)}" if found else "no extra supervision known"
+
+
+TAGS = {
+    "in21k": "ImageNet-21k",
+    "in22k": "ImageNet-22k",
+    "in12k": "ImageNet-12k",
+    "clip": "CLIP",
+    "openai": "CLIP",
+    "laion": "LAION",
+    "lvd142m": "LVD-142M",
+    "sa1b": "SA-1B",
+}
+"""Parts of the names of weights, and the data beyond ImageNet-1k that they tell of."""
 
 
 def check_scales(key: str, scales: Sequence[float]) -> None:

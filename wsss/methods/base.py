@@ -119,7 +119,7 @@ class WSSSModule(Stage):
         return cam_to_label(cam, label, self.background_threshold)
 
     def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(split, self.cam_scales, self.background_threshold, self.cam_names)
+        notes = self.protocol.describe(self.tagged(split), self.cam_scales, self.background_threshold, self.cam_names)
         return {f"val/{key}": note for key, note in notes.items()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -133,11 +133,10 @@ class WSSSModule(Stage):
         counts, mask = [], batch["mask"]
         size = reduced_size(mask.shape[-2:], self.protocol.max_side)
         if output["seg"] is not None:
-            ids = resize_ids(self.segment(batch["image"], size, output["seg"]).argmax(1), mask.shape[-2:])
-            self.metrics["miou"].update(ids, mask)
-            counts += self.compare(ids, batch)
-            if "absent" in self.metrics:
-                self.metrics["absent"].update(ids, label)
+            for word, scores in self.segment_steps(batch["image"], size, output["seg"]).items():
+                ids = resize_ids(scores.argmax(1), mask.shape[-2:])
+                self.metrics[f"{word}miou"].update(ids, mask)
+                counts += self.compare(ids, batch, word)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
         # of a thousand classes only those of these images are enlarged; the first one where they show none
         shown = kept.any(0).nonzero()[:, 0] if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)
@@ -147,9 +146,8 @@ class WSSSModule(Stage):
             self.metrics[f"{name}_miou"].update(cam, kept, mask, shown)
             if f"{name}_absent" in self.metrics:
                 ids = resize_ids(ids_of[cam_to_label(cam, kept, self.background_threshold)], mask.shape[-2:])
-                counts += self.compare(ids, batch, f"{name}_")
                 uncut = cam_to_label(output[name], torch.ones_like(label), self.background_threshold)
-                self.metrics[f"{name}_absent"].update(uncut, label)
+                counts += self.compare(ids, batch, f"{name}_", uncut)
         return {"counts": counts}
 
     @torch.no_grad()

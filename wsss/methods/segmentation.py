@@ -97,23 +97,21 @@ class Segmentation(Stage):
         return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))
 
     def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(split, (1.0,), 0.0, cam_names=())
+        notes = self.protocol.describe(self.tagged(split), (1.0,), 0.0, cam_names=())
         return {f"val/{key}": note for key, note in notes.items()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if "mask" not in batch:
             return {"counts": []}
         with self.watching_tokens():
-            ids = self.predict_ids(batch["image"], batch["mask"].shape[-2:])
-        self.metrics["miou"].update(ids, batch["mask"])
-        if "absent" in self.metrics:
-            self.metrics["absent"].update(ids, batch["label"])
-        return {"counts": self.compare(ids, batch)}
-
-    def predict_ids(self, image: Tensor, size: Sequence[int]) -> Tensor:
-        """(B, *size) ids under the protocol."""
+            seg = self.infer(batch["image"])["seg"]
+        counts, size = [], batch["mask"].shape[-2:]
         work = reduced_size(size, self.protocol.max_side)
-        return resize_ids(self.segment(image, work, self.infer(image)["seg"]).argmax(1), size)
+        for word, scores in self.segment_steps(batch["image"], work, seg).items():
+            ids = resize_ids(scores.argmax(1), size)
+            self.metrics[f"{word}miou"].update(ids, batch["mask"])
+            counts += self.compare(ids, batch, word)
+        return {"counts": counts}
 
     @torch.no_grad()
     def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

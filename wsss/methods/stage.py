@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.cam import denormalise, multiscale_seg, reduce, resize
 from wsss.evaluation.details import OverSmoothing, mask_details, per_image
-from wsss.evaluation.metrics import figures_of, tables_of
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.metrics import SegmentationIoU, figures_of, tables_of
+from wsss.evaluation.protocol import Protocol, extra_supervision
 from wsss.losses import build
 from wsss.refine.crf import dense_crf
 from wsss.writing import check_classes
@@ -61,6 +61,7 @@ class Stage(pl.LightningModule):
         self.protocol = Protocol()
         self.metrics: Any = nn.ModuleDict()
         self.tables: dict[str, Any] = {}  # of the last evaluation, see `wsss.evaluation.metrics.tables_of`
+        self.started_from: list[str] = []  # what `loaded` was in the training that a checkpoint comes from
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
         self.loss_weights: dict[str, float] = {}
@@ -118,17 +119,32 @@ class Stage(pl.LightningModule):
 
         `seg` (B, 1 + C, h, w) is what `self(image)` gives at the protocol's size.
         """
-        protocol, before = self.protocol, self.protocol.softmax == "before"
-        image = reduce(image, protocol.max_side)
+        return self._refine(image, self._fuse(image, size, seg, self.protocol), self.protocol)
+
+    def segment_steps(self, image: Tensor, size: Sequence[int], seg: Tensor) -> dict[str, Tensor]:
+        """`segment` for each of the protocol's `steps`; the CRF takes the scores that were fused before it."""
+        results: dict[str, Tensor] = {}
+        for name, protocol in self.protocol.steps().items():
+            if name != "crf_":  # which comes last
+                scores = self._fuse(image, size, seg, protocol)
+            results[name] = self._refine(image, scores, protocol)
+        return results
+
+    def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
+        """Scores, or probabilities, of all scales."""
+        before = protocol.softmax == "before"
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
             scores = resize(seg, size)
-            scores = scores.softmax(1) if before else scores
-        else:
-            how = (protocol.scales, protocol.flip, protocol.fusion, before, protocol.align_corners)
-            scores = multiscale_seg(lambda x: self(x)["seg"], self.sized(image), size, *how)
+            return scores.softmax(1) if before else scores
+        how = (protocol.scales, protocol.flip, protocol.fusion, before, protocol.align_corners)
+        return multiscale_seg(lambda x: self(x)["seg"], self.sized(image), size, *how)
+
+    def _refine(self, image: Tensor, scores: Tensor, protocol: Protocol) -> Tensor:
+        """What the CRF makes of scores, if there is one, without background if there is none."""
         if protocol.crf is not None:
-            probability = scores if before else scores.softmax(1)
-            scores = dense_crf(resize(self.colours(image), size), probability, **protocol.crf)
+            probability = scores if protocol.softmax == "before" else scores.softmax(1)
+            colours = self.colours(reduce(image, protocol.max_side))
+            scores = dense_crf(resize(colours, scores.shape[-2:]), probability, **protocol.crf)
         return scores if self.has_background else torch.cat([scores[:, :1] - torch.inf, scores[:, 1:]], dim=1)
 
     @property
@@ -150,6 +166,10 @@ class Stage(pl.LightningModule):
         """What an evaluation logs, which is what a run can be monitored by; without masks only what labels tell."""
         without_masks = ("map", "image_map", "f1")
         return [f"val/{key}" for key in self.metrics if has_masks or key in without_masks]
+
+    def tagged(self, split: str) -> str:
+        """A split, and what beside image labels has supervised this stage, as far as its first weights tell."""
+        return f"{split}, {extra_supervision(self.loaded or self.started_from)}"
 
     def describe(self, split: str) -> dict[str, str]:
         """For each evaluated figure what it was measured on and under which protocol."""
@@ -198,15 +218,28 @@ class Stage(pl.LightningModule):
         self.metrics["over_smoothing"].update(seen)
 
     def compare(
-        self, ids: Tensor, batch: Mapping[str, Any], prefix: str = ""
+        self, ids: Tensor, batch: Mapping[str, Any], prefix: str = "", uncut: Tensor | None = None
     ) -> list[tuple[str, str, int, int, int, int]]:
-        """Counts predicted masks (B, H, W) in detail, where that was asked for; returns rows of per_image.csv."""
+        """Counts predicted masks in detail, where that was asked for; returns rows of per_image.csv.
+
+        Args:
+            ids: (B, H, W).
+            batch: of the same images, with masks.
+            prefix: what the names of their figures begin with.
+            uncut: (B, h, w) what was predicted without image labels, if `ids` were made with them.
+        """
         if f"{prefix}size_miou" not in self.metrics:
             return []
         for key in ("boundary_miou", "trimap_miou", "size_miou"):
             self.metrics[f"{prefix}{key}"].update(ids, batch["mask"])
         self.metrics[f"{prefix}cooccurrence"].update(ids, batch["mask"], batch["label"])
+        self.metrics[f"{prefix}absent"].update(ids if uncut is None else uncut, batch["label"])
         return per_image(f"{prefix}miou", batch["id"], ids, batch["mask"], 1 + self.num_classes)
+
+    def on_validation_start(self) -> None:
+        for name in self.protocol.steps():  # the protocol is known only now
+            if "miou" in self.metrics and f"{name}miou" not in self.metrics:
+                self.metrics[f"{name}miou"] = SegmentationIoU(1 + self.num_classes).to(self.device)
 
     def on_validation_epoch_end(self) -> None:
         figures = figures_of(self.metrics, self.classes, self.protocol)
@@ -217,5 +250,5 @@ class Stage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
-        images |= {"has_background": self.has_background, "loaded": self.loaded}
+        images |= {"has_background": self.has_background, "loaded": self.loaded or self.started_from}
         checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin
