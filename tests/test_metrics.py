@@ -310,3 +310,12 @@ def test_table_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "as above, all ids" in printed
     assert "all on val, image size" in printed
     assert printed.count("image size") == 1
+    figures = {"val/miou": 0.5, "val/multiscale_miou": 0.625, "val/crf_miou": 0.6875, "val/iou/a": 0.1}
+    protocol = Protocol(extras={"scales": [1.0, 0.5], "crf": {"iterations": 3}})
+    notes = {f"val/{key}": note for key, note in protocol.describe("val", (1.0,), 0.5).items()}
+    print_figures(figures | {"val/crf_iou/a": 0.2}, notes, "title")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(all(word in line for word in ("val/miou", "0.5000", "0.6250", "0.6875")) for line in lines)
+    assert any("val/iou/a" in line and "0.2000" in line for line in lines)
+    assert not any("multiscale_" in line or "crf_" in line for line in lines)
+    assert any("+ CRF: " in line and "CRF iterations 3" in line for line in lines)

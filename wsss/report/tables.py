@@ -16,6 +16,9 @@ T = TypeVar("T")
 TRUE_LABELS = "true image labels"
 """What a protocol says of figures for which the test was told which classes an image shows."""
 
+STEPS = {"multiscale_": "+ scales", "crf_": "+ CRF"}
+"""What the names of figures begin with that a protocol's extras give, and their column in a table."""
+
 SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "val/miou", "seconds", "peak_memory_mb")
 """The figures of a run that stand in tables over runs."""
 
@@ -23,36 +26,43 @@ SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "
 def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title: str) -> None:
     """A table of figures, each with the protocol it was measured under.
 
-    Beside what was reached with a threshold stands what the masks' choice would have added. What all figures share of
-    their protocol stands below. True image labels are red: they took part in the test.
+    Beside what was reached with a threshold stands what the masks' choice would have added, and beside a segmentation
+    of one scale what several scales and then a CRF make of it. What all figures share of their protocol stands below.
+    True image labels are red: they took part in the test.
     """
-    parts = {key: notes[key].split(", ") for key in figures if notes.get(key)}
+    gaps = {key.removesuffix("gap") + "miou": f"+{v:.4f}" for key, v in figures.items() if key.endswith("gap")}
+    columns = {"to best": gaps} | {
+        heading: {key.replace(word, "", 1): f"{v:.4f}" for key, v in figures.items() if key.startswith(f"val/{word}")}
+        for word, heading in STEPS.items()
+    }
+    columns = {heading: cells for heading, cells in columns.items() if cells}
+    beside = tuple(f"val/{word}" for word in STEPS)
+    rows = [key for key in figures if not key.endswith("gap") and not key.startswith(beside)]
+    parts = {key: notes[key].split(", ") for key in rows if notes.get(key)}
     shared = [p for p in next(iter(parts.values()), []) if all(p in others for others in parts.values())]
-    if len(parts) < 2:
-        shared = []
-    gaps = {key.removesuffix("gap") + "miou": value for key, value in figures.items() if key.endswith("gap")}
-    table = Table(title=escape(title), title_justify="left")
+    shared = shared if len(parts) > 1 else []
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    if gaps:
-        table.add_column("to best", justify="right")
+    for heading in columns:
+        table.add_column(heading, justify="right")
     table.add_column("measured on")
     above = ""
-    for key, value in figures.items():
-        if key.endswith("gap") and key.removesuffix("gap") + "miou" in figures:
-            continue
+    for key in rows:
+        value = figures[key]
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        gap = [f"+{gaps[key]:.4f}" if key in gaps else ""] if gaps else []
         said = ", ".join(part for part in parts.get(key, ()) if part not in shared)
         again = above and f"{said}, ".startswith(f"{above}, ")
         note = Text(f"as above{said[len(above) :]}" if again else said)
         if TRUE_LABELS in said:
             note.highlight_words([TRUE_LABELS, "as above"], "bold red")
         above = above if again else said
-        table.add_row(escape(key), shown, *gap, note)
-    if shared:
-        table.caption = Text(f"all on {', '.join(shared)}")
-        table.caption_justify = "left"
+        table.add_row(escape(key), shown, *(cells.get(key, "") for cells in columns.values()), note)
+    below = [f"all on {', '.join(shared)}"] if shared else []
+    for word, heading in STEPS.items():
+        if note_of_step := notes.get(f"val/{word}miou") if heading in columns else None:
+            below.append(f"{heading}: {', '.join(part for part in note_of_step.split(', ') if part not in shared)}")
+    table.caption = Text("\n".join(below))
     Console().print(table)
 
 
