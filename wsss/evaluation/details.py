@@ -33,7 +33,7 @@ def _uniform(ids: Tensor, width: int, beyond: float | None) -> Tensor:
 class BoundaryIoU(Measure):
     """IoU of the parts of predicted and true masks that are near their own contours.
 
-    B. Cheng et al., "Boundary IoU", CVPR 2021 (arXiv 2103.16562), equation 1: of each mask the pixels up to d rows or
+    B. Cheng et al., "Boundary IoU", CVPR 2021 (arXiv 2103.16562): of each mask the pixels up to d rows or
     columns inside of its contour, d being 2 % of the image's diagonal, at least 1. The border of the image is a
     contour, as in their code. They measure objects; here intersections and unions of each id are summed over the
     images, as for mIoU. Where the target is `ignore_index` neither mask has an id, so that both end there.
@@ -78,8 +78,8 @@ class BoundaryIoU(Measure):
 class TrimapIoU(SegmentationIoU):
     """Mean IoU of the pixels near a contour of the truth.
 
-    P. Kohli, L. Ladicky and P. Torr, "Robust higher order potentials for enforcing label consistency", IJCV 82 (2009),
-    section 5: the pixels up to `width` rows or columns away from one with another id, `ignore_index` being one: VOC's
+    P. Kohli, L. Ladicky and P. Torr, "Robust higher order potentials for enforcing label consistency", IJCV 82 (2009):
+    the pixels up to `width` rows or columns away from one with another id, `ignore_index` being one: VOC's
     objects are edged with it.
     """
 
@@ -237,7 +237,7 @@ class AbsentClasses(Measure):
 class OverSmoothing(Measure):
     """Mean cosine of the patch tokens of an image, of all pairs of different ones, after each block of a transformer.
 
-    Near 1 all tokens are the same, and so are all places of a map made of them (ToCo, Ru et al., CVPR 2023, figure 1).
+    Near 1 all tokens are the same, and so are all places of a map made of them (ToCo, Ru et al., CVPR 2023).
     """
 
     total: Tensor

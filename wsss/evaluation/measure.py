@@ -23,7 +23,7 @@ def rates(hits: Tensor, predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 
     `iou`, `precision` and `recall`; the false positive rate `fpr`, of the pixels that are not of the id, and the false
     negative rate `fnr`, of those that are; `over` and `under`, the false positives and negatives as shares of the
-    union, so that iou + over + under = 1 (the FP and FN of MCTformer's and SEAM's evaluation).
+    union, so that iou + over + under = 1 (the FP and FN of MCTformer's evaluation).
     """
     hits = hits.double()
     union = predicted + true - hits

@@ -95,7 +95,7 @@ class CamIoU(Measure):
     Args:
         num_classes: C.
         background_threshold: the fixed one.
-        sweep: further thresholds.
+        sweep: further thresholds, of which `first_drop` needs some below 0.6.
     """
 
     pixels: Tensor
