@@ -22,7 +22,7 @@ def displacement_terms(displacement: Tensor, label: Tensor, radius: int, ignore_
     background, foreground, _ = pair_labels(label, radius, ignore_index)
     found = pair_displacement(displacement, radius)
     offsets = found.new_tensor(pair_offsets(radius)).view(-1, 2).mT[None, :, :, None]  # (1, 2, K, 1)
-    kinds = ((foreground, (found - offsets).abs()), (background, found.abs()))
+    kinds = ((foreground.to(found), (found - offsets).abs()), (background.to(found), found.abs()))
     return torch.stack([(cost * mask[:, None]).sum() / (2 * mask.sum() + 1e-5) for mask, cost in kinds])
 
 
