@@ -282,8 +282,7 @@ def make_one(
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
         return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
     cam = method.infer(photo[None].to(method.device))["cam"][:, torch.from_numpy(shown).to(method.device)]
-    colours = torch.from_numpy(image).to(method.device).permute(2, 0, 1)[None]
-    colours = reduce(colours, method.protocol.max_side).float()
+    colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
     refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)
     ids[1 : len(shown) + 1] = shown + 1

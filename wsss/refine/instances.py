@@ -79,7 +79,7 @@ def separate(
 
     Args:
         cam: (n, h, w) maps of the classes, not negative.
-        clusters: (h, w) of `cluster`.
+        clusters: (h, w) of `cluster`; the cells of no centre are one of them.
         walk: maps (1, k, h, w) -> scores (1, k, *size), none of them above the largest of its map.
         size: of the image.
         background: what a score, divided by the largest of the image, has to exceed.
