@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
+from tiny import IRN_OVERRIDES, MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
 
 SETTINGS = {
     "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
@@ -30,6 +30,7 @@ SETTINGS = {
     "mctformer_plus": [o for o in MCTFORMER_OVERRIDES if "epochs" not in o],
     **dict.fromkeys(("cam", "seam", "ppc"), RESNET38_OVERRIDES),
     "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
+    "irn": IRN_OVERRIDES,
 }
 
 
@@ -133,7 +134,9 @@ def trial(method: str, folder: Path, steps: int, kills: int, rng: random.Random)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument(
+        "methods", nargs="*", default=[method for method in SETTINGS if method != "irn"]
+    )  # which needs masks
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,7 @@
 """wsss-label: what it leaves, that it goes on, and that the number of processes does not show."""
 
+import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import RESNET38_OVERRIDES, VOC_OVERRIDES, Ended, call, make_voc, save_labels
+from tiny import IRN_OVERRIDES, RESNET38_OVERRIDES, VOC_OVERRIDES, Ended, call, make_voc, save_labels
 
 import wsss
 from wsss.cam import resize
@@ -202,11 +204,16 @@ def test_other_settings_do_not_mix(command: Command, given: list[str], tmp_path:
         (["split=test"], ["split", "train or val"]),
         (["scores=true"], ["refine=crf refine.alpha=[4,32]"]),
         (["scores=true", "refine=crf"], ["refine.alpha=[4,32]"]),
+        (["instances=true"], ["refine=irn_walk refine.affinity=FILE"]),
+        (["instances=true", "refine=walk", "refine.affinity=x"], ["displacements of method=irn"]),
+        (["instances=3"], ["instances", "true or false"]),
+        (["refine=irn_walk"], ["refine.affinity is not set"]),
+        (["refine=label_crf", "refine.background=[0.3]"], ["two scores"]),
         (["shards=2"], ["shard"]),
         (["shards=2", "shard=2"], ["shard is 2"]),
         (["cams=3"], ["cams", "true or false"]),
         (["num_workers=-1"], ["num_workers"]),
-        (["refine=crawl"], ["refine=crawl", "crf, none, par"]),
+        (["refine=crawl"], ["refine=crawl", "crf, irn_walk, label_crf, none, par"]),
         (["refine=crf", "refine.alpha=[4,2]"], ["refine.alpha"]),
         (["refine=crf", "refine.gaussian=[1.0]"], ["refine=crf"]),
         (["refine=par", "refine.dilations=[]"], ["refine=par"]),
@@ -309,3 +316,88 @@ def test_the_chain_of_psa(command: Command, given: list[str], trained: Path, tmp
     refused(other, "is of ToCo", "method=affinity")
     refused(command("label", *given, "refine=walk", "out=x"), "refine.affinity is not set")
     refused(command("label", *given, *walk[:2], "refine.logt=99", "out=x"), "logt")
+
+
+def test_the_chain_of_irn(command: Command, given: list[str], trained: Path, tmp_path: Path) -> None:
+    """CAMs make labels, labels boundaries and displacements, their walk masks and instances."""
+    labels = ["refine=label_crf", "refine.background=[0.3,0.6]", "refine.iterations=2"]
+    assert command("label", *given, *labels, f"out={tmp_path / 'first'}").code == 0
+    masks = f"pseudo_masks={tmp_path / 'first/masks'}"
+    ended = command("train", "method=irn", *IRN_OVERRIDES, masks, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    network, out = tmp_path / "run/checkpoints/last.ckpt", tmp_path / "second"
+    walk = ["refine=irn_walk", f"refine.affinity={network}", "refine.logt=3"]
+    ended = command("label", *given, *walk, f"out={out}", "instances=true")
+    assert ended.code == 0, ended.err
+    whole = content(out)
+    assert len(whole) == 6 * 3 + 2
+
+    shapes, method, irn = (
+        Shapes("train", **SHAPES),
+        load_stage(str(trained / "checkpoints/last.ckpt")),
+        load_stage(str(network)).eval(),
+    )
+    normalise, listed = Normalise(method.mean, method.std), json.loads(whole["manifest.json"])["masks"]
+    for index, image_id in enumerate(shapes.ids):
+        item = shapes[index]
+        shown = np.flatnonzero(item["label"])
+        cam = method.infer(normalise(item["image"])[None])["cam"][0, shown]
+        colours = torch.from_numpy(item["image"]).permute(2, 0, 1).float()
+        refined = irn.walk(colours, resize(cam[None], (32, 32))[0], logt=3, instances=True)
+        ids = np.array([0, *(shown + 1)])
+        assert (mask(out / "masks" / f"{image_id}.png") == ids[refined.mask]).mean() > 0.999
+        files = [out / "instances" / f"{image_id}{suffix}" for suffix in (".png", ".json")]
+        with Image.open(files[0]) as picture:
+            numbers = np.array(picture)
+        assert numbers.dtype == np.uint16
+        assert (numbers == refined.instances.numbers.numpy()).mean() > 0.999
+        rows = json.loads(files[1].read_text())["instances"]
+        assert [row["number"] for row in rows] == list(range(1, 1 + numbers.max()))
+        assert [row["id"] for row in rows] == [int(ids[k + 1]) for k in refined.instances.classes]
+        assert [row["class"] for row in rows] == [shapes.classes[row["id"] - 1] for row in rows]
+        assert [row["score"] for row in rows] == pytest.approx(refined.instances.scores, abs=1e-4)
+        assert listed[image_id]["instances_sha256"] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+    (out / "manifest.json").unlink()
+    (out / "instances/train-000001.json").unlink()  # as if it had been killed
+    ended = command("label", *given, *walk, f"out={out}", "instances=true")
+    assert (ended.code, "1 masks made" in ended.out) == (0, True)
+    assert content(out) == whole
+    (out / "instances/train-000001.json").write_text("{}")
+    refused(command("label", *given, *walk, f"out={out}", "instances=true"), "train-000001.json", "manifest.json")
+    refused(command("label", *given, *walk, f"out={out}"), "different are instances")
+    assert command("label", *given, *walk, f"out={tmp_path / 'plain'}").code == 0
+    assert {k: v for k, v in content(tmp_path / "plain").items() if k.endswith(".png")} == {
+        k: v for k, v in whole.items() if k.startswith("masks")
+    }
+
+    other = command("label", *given, *walk[:1], f"refine.affinity={trained / 'checkpoints/last.ckpt'}", "out=x")
+    refused(other, "is of ToCo", "method=irn")
+    refused(
+        command("label", *given, "refine=walk", f"refine.affinity={network}", "out=x"), "is of IRN", "method=affinity"
+    )
+    refused(command("label", *given, *walk[:2], "refine.logt=99", "out=x"), "logt")
+
+
+def test_large_images_are_refined_at_the_size_of_the_protocol(
+    command: Command, given: list[str], tmp_path: Path
+) -> None:
+    from wsss.refine import pseudo
+
+    sizes, original, large = [], pseudo.crf, ["dataset.size=64", "protocol.max_side=32"]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def seen(image: torch.Tensor, cam: torch.Tensor, alpha: Any = 4.0, **settings: Any) -> pseudo.Refined:
+            sizes.append((image.shape[-2:], cam.shape[-2:]))
+            return original(image, cam, alpha, **settings)
+
+        seen.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        patch.setattr(pseudo, "crf", seen)
+        assert command("label", *given, *SCORES, f"out={tmp_path / 'out'}", *large).code == 0
+    assert set(sizes[1:]) == {((32, 32), (32, 32))}  # after the trial of the command
+    for image_id in Shapes("train", **SHAPES).ids:
+        found = mask(tmp_path / "out/masks" / f"{image_id}.png")
+        assert found.shape == (64, 64)
+        assert (found == found[::2, ::2].repeat(2, axis=0).repeat(2, axis=1)).all()
+        arrays = np.load(tmp_path / "out/scores" / f"{image_id}.npz")
+        assert arrays["low"].shape == (1 + len(arrays["ids"]), 64, 64)

@@ -1,10 +1,20 @@
 """Pairs of cells and their labels against loops over cells."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from wsss.pairs import affinity_labels, fitting_radius, pair_offsets, pair_views, source_size
+from wsss.pairs import (
+    affinity_labels,
+    fitting_radius,
+    pair_offsets,
+    pair_paths,
+    pair_views,
+    path_affinity,
+    source_size,
+)
 
 
 @pytest.mark.parametrize(("radius", "count"), [(0, 0), (1, 0), (2, 4), (3, 12), (5, 34), (10, 152)])
@@ -60,3 +70,39 @@ def test_labels() -> None:
 def test_labels_without_a_class() -> None:
     ones = torch.ones(1, 1, 16, 16)
     assert (affinity_labels(ones, ones) == 0).all()
+
+
+def between(edge: Tensor, start: tuple[int, int], end: tuple[int, int]) -> Tensor:
+    """1 - the strongest boundary of the cells whose centres are less than one cell from the line, within its box."""
+    (y0, x0), (y1, x1) = start, end
+    line = math.hypot(y1 - y0, x1 - x0)
+    cells = [(y, x) for y in range(y0, y1 + 1) for x in range(min(x0, x1), max(x0, x1) + 1)]
+    distances = [abs((y - y0) * (x1 - x0) - (x - x0) * (y1 - y0)) / line for y, x in cells]
+    near = [edge[y, x] for (y, x), distance in zip(cells, distances, strict=True) if distance < 1 - 1e-9]
+    return 1 - torch.stack(near).max()
+
+
+@pytest.mark.parametrize("radius", [2, 3, 5])
+def test_affinities_along_paths(radius: int) -> None:
+    torch.manual_seed(0)
+    edge = torch.rand(2, 1, 7, 10, dtype=torch.double, requires_grad=True)
+    found, (rows, columns) = path_affinity(edge, radius), source_size((7, 10), radius)
+    assert found.shape == (2, len(pair_offsets(radius)), rows * columns)
+    starts = [(n // columns, n % columns + radius - 1) for n in range(rows * columns)]
+    expected = torch.stack(
+        [
+            torch.stack([between(edge[b, 0], (y, x), (y + dy, x + dx)) for y, x in starts])
+            for b in range(2)
+            for dy, dx in pair_offsets(radius)
+        ]
+    ).view_as(found)
+    assert torch.equal(found, expected)
+    weight = torch.rand_like(found)
+    (gradient,), (wanted,) = (torch.autograd.grad((x * weight).sum(), edge) for x in (found, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_paths_end_at_their_start() -> None:
+    for offset, path in zip(pair_offsets(5), pair_paths(5), strict=True):
+        assert (path[0], path[-1]) == (offset, (0, 0))
+    assert path_affinity(torch.rand(2, 1, 3, 4), 1).shape == (2, 0, 12)

@@ -8,34 +8,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kill import compare, settings
+from PIL import Image
 from tiny import OVERRIDES, Ended, call
 
 from wsss.callbacks import CSVLog
+from wsss.config import class_named
+from wsss.data.shapes import Shapes
 
 Command = Callable[..., Ended]
 
 
-def interrupt(patch: pytest.MonkeyPatch, step: int) -> None:
+def interrupt(patch: pytest.MonkeyPatch, step: int, method: str = "wsss.methods.toco.ToCo") -> None:
     """Let the next training fail at a step, as a lost machine would."""
-    from wsss.methods.toco import ToCo
+    stage: Any = class_named(method)
+    proper = stage.training_step
 
-    proper = ToCo.training_step
-
-    def failing(self: ToCo, batch: object, batch_idx: int) -> object:
+    def failing(self: Any, batch: object, batch_idx: int) -> object:
         if self.global_step == step:
             raise KeyboardInterrupt
         return proper(self, batch, batch_idx)
 
-    patch.setattr(ToCo, "training_step", failing)
+    patch.setattr(stage, "training_step", failing)
 
 
-def interrupted(*arguments: str, step: int) -> None:
+def interrupted(*arguments: str, step: int, **method: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, step)
+        interrupt(patch, step, **method)
         assert call("train", *arguments) != 0
 
 
@@ -52,6 +55,25 @@ def test_bit_equal(tmp_path: Path) -> None:
     agreeing, different = compare(tmp_path / "a", tmp_path / "b")
     assert different == []
     assert agreeing > 100
+
+
+def test_bit_equal_boundaries(tmp_path: Path) -> None:
+    """IRN, whose mean displacement goes on, too; it learns from masks and evaluates nothing."""
+    shapes = Shapes("train", train_size=6, size=32, num_classes=4)
+    (tmp_path / "masks").mkdir()
+    for index, image_id in enumerate(shapes.ids):
+        Image.fromarray(shapes.mask(index)).save(tmp_path / "masks" / f"{image_id}.png")
+    arguments = [*settings("irn", steps=6, workers=0), f"pseudo_masks={tmp_path / 'masks'}"]
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    again = [*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto"]
+    for step in (1, 3, 5):
+        interrupted(*again, step=step, method="wsss.methods.irn.IRN")
+    assert call("train", *again) == 0
+    agreeing, different = compare(tmp_path / "a", tmp_path / "b")
+    assert different == []
+    assert agreeing > 100
+    state = torch.load(tmp_path / "a/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state["network.displacement.mean"].abs().sum() > 0
 
 
 @pytest.mark.slow

@@ -59,6 +59,14 @@ RESNET38_OVERRIDES = [
     "method.backbone_args={width: 4, frozen_stages: 0, batch_norm_momentum: 0.1}",
     "method.cam_scales=[1.0, 0.5]",
 ]
+IRN_OVERRIDES = [
+    *SHARED,
+    "method.backbone=resnet38",
+    "method.backbone_args={output_stride: null, width: 4, frozen_stages: 0}",
+    "method.losses.affinity.radius=2",
+    "method.losses.displacement.radius=3",
+    "method.least_side=32",
+]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 

@@ -1,15 +1,26 @@
-"""Pairs of nearby cells of a map, and the labels of cells that PSA's affinity network learns pairs from.
+"""Pairs of nearby cells of a map, the paths between them, and the labels of cells that PSA's network learns pairs from.
 
 PSA: Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, arXiv 1803.10464.
+IRN: Ahn, Cho and Kwak, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019,
+arXiv 1904.05044.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CELL = 8
 """Pixels along a cell's side."""
+EDGE_CELL = 4
+"""Likewise of the cells of IRN."""
+
+
+def cells_of(size: Sequence[int], cell: int) -> tuple[int, int]:
+    """Height and width in cells of an image of height and width `size`; those at its border may reach beyond it."""
+    return -(-size[0] // cell), -(-size[1] // cell)
 
 
 def pair_offsets(radius: int) -> list[tuple[int, int]]:
@@ -31,15 +42,49 @@ def source_size(size: Sequence[int], radius: int) -> tuple[int, int]:
     return (rows, columns) if min(rows, columns) > 0 else (0, 0)
 
 
+def shifted(maps: Tensor, radius: int, offset: tuple[int, int]) -> Tensor:
+    """Maps (..., h, w) at (dy, dx) from the start of all pairs: a view of `source_size`."""
+    rows, columns = source_size(maps.shape[-2:], radius)
+    top, left = offset[0], max(radius - 1, 0) + offset[1]
+    return maps[..., top : top + rows, left : left + columns]
+
+
 def pair_views(maps: Tensor, radius: int) -> tuple[Tensor, list[Tensor]]:
     """Maps (..., h, w) at the start of all pairs and at their K ends: views of `source_size`, row by row the pairs."""
-    rows, columns = source_size(maps.shape[-2:], radius)
+    return shifted(maps, radius, (0, 0)), [shifted(maps, radius, offset) for offset in pair_offsets(radius)]
 
-    def shifted(dy: int, dx: int) -> Tensor:
-        left = max(radius - 1, 0) + dx
-        return maps[..., dy : dy + rows, left : left + columns]
 
-    return shifted(0, 0), [shifted(dy, dx) for dy, dx in pair_offsets(radius)]
+@cache
+def pair_paths(radius: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """For each of `pair_offsets` the cells (dy, dx) of the straight path from its end to its start (IRN).
+
+    Those of the rectangle between both that are less than one cell away from the line through them.
+    """
+
+    def path(dy: int, dx: int) -> tuple[tuple[int, int], ...]:
+        cells = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)]
+        near = [(y, x) for y, x in cells if (x * dy - y * dx) ** 2 < dy**2 + dx**2]
+        return tuple(sorted(near, key=lambda cell: -abs(cell[0]) - abs(cell[1])))
+
+    return tuple(path(dy, dx) for dy, dx in pair_offsets(radius))
+
+
+def path_affinity(edge: Tensor, radius: int) -> Tensor:
+    """How likely no boundary lies between the cells of a pair: 1 - max of `edge` along `pair_paths` (IRN, equation 3).
+
+    Args:
+        edge: (B, 1, h, w) in [0, 1].
+        radius: of the pairs, in cells.
+
+    Returns:
+        (B, K, n), of the pairs of `pair_views`. The gradient reaches one cell of each path.
+    """
+    edge = edge[:, 0]
+    if not pair_offsets(radius):
+        return edge.new_zeros(len(edge), 0, edge[0].numel())
+    # one path at a time: all of them side by side would be as many times the map as they have cells
+    highest = [torch.stack([shifted(edge, radius, c) for c in path]).max(0).values for path in pair_paths(radius)]
+    return 1 - torch.stack(highest, dim=1).flatten(2)
 
 
 def fitting_radius(size: Sequence[int], radius: int) -> int:

@@ -81,5 +81,5 @@ def test_a_network_that_shows_no_stages(monkeypatch: pytest.MonkeyPatch) -> None
     from timm.models.resnet import ResNet
 
     monkeypatch.delattr(ResNet, "forward_intermediates")
-    with pytest.raises(InputError, match="backbone 'resnet10t' does not give the features of its last three stages"):
+    with pytest.raises(InputError, match="backbone 'resnet10t' does not give the features of its stages"):
         AffinityNet("resnet10t")

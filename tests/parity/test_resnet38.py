@@ -37,20 +37,12 @@ SETTINGS: dict[str, Any] = {
     "ppc_seam": {"networks": {"seam": "seam_resnet38", "ppc": "ppc_resnet38_contrast"}},
 }
 
-NOT_YET = (("resnet38/irn_functions", "IRN"),)
-
 EXCEPTED = (
     # files, arrays, why perturb.py leaves them alone
     ("resnet38/resnet38_forward", "x64 x128 cls_label", "input"),
     ("resnet38/psa_functions", "poly_grads", "input"),
-    ("resnet38/irn_functions", "*", "IRN"),
     ("ppc_seam/networks", "x64 pcm_cam pcm_f pcm_f9_weight", "input"),
 )
-
-
-@pytest.mark.parametrize(("arrays", "reason"), NOT_YET, ids=[name for name, _ in NOT_YET])
-def test_not_compared(arrays: str, reason: str) -> None:
-    pytest.skip(f"{arrays}: {reason} not compared yet")
 
 
 # --- recordings -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from wsss import InputError
 from wsss.cam import resize
 from wsss.refine.crf import dense_crf
 from wsss.refine.par import PAR
-from wsss.refine.pseudo import crf, par, plain
+from wsss.refine.pseudo import crf, label_crf, par, plain
 from wsss.refine.thresholds import agreement, background_scores, power_background
 
 N, H, W = 3, 12, 16
@@ -156,3 +156,32 @@ def test_power_background_of_maps_beyond_one() -> None:
 def test_refused(call: Callable[..., Any], said: str, maps: torch.Tensor, image: torch.Tensor) -> None:
     with pytest.raises(InputError, match=said):
         call(image, maps)
+
+
+def test_crf_of_labels(maps: torch.Tensor, image: torch.Tensor) -> None:
+    """A class where the labels of the strong background say so, background where both do, else undecided."""
+    ids = []
+    for background in (0.3, 0.6):
+        probability = np.full((N + 1, H, W), 0.3 / N)
+        for y in range(H):
+            for x in range(W):
+                probability[best(background, maps[:, y, x].numpy()), y, x] = 0.7
+        q = dense_crf(image[None], torch.from_numpy(probability)[None], 4, (2.0, 3.0), (20.0, 9.0, 5.0))
+        ids.append(q[0].argmax(0).numpy())
+    found = label_crf(image, maps, (0.3, 0.6), 0.7, 4, (2.0, 3.0), (20.0, 9.0, 5.0)).mask.numpy()
+    seen = set()
+    for y in range(H):
+        for x in range(W):
+            low, high = int(ids[0][y, x]), int(ids[1][y, x])
+            expected = high if high else (255 if low else 0)
+            assert found[y, x] == expected
+            seen.add(min(expected, 1) if expected != 255 else 255)
+    assert seen == {0, 1, 255}
+
+
+@pytest.mark.parametrize(("background", "certainty"), [((0.6, 0.3), 0.7), ((0.3,), 0.7), ((0.1, 0.3), 1.0)])
+def test_crf_of_labels_refuses(
+    maps: torch.Tensor, image: torch.Tensor, background: tuple[float, ...], certainty: float
+) -> None:
+    with pytest.raises(InputError, match="expected two scores, the low one first, and a probability between 0 and 1"):
+        label_crf(image, maps, background, certainty)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsss.pairs import pair_offsets, source_size
+from wsss.pairs import pair_offsets, pair_paths, source_size
 from wsss.refine.random_walk import (
     dense_affinity,
+    edge_walk,
     pad_to_cells,
     random_walk,
     refine_scores,
@@ -125,3 +126,48 @@ def test_scores_have_the_size_of_the_image(size: tuple[int, int]) -> None:
     assert found.shape == scores.shape
     assert found.isfinite().all()
     assert found.max() <= 1
+
+
+def edges_written_out(edge: Tensor, maps: Tensor, radius: int, beta: float, steps: int) -> Tensor:
+    """Of one image: (h, w) and (C, h, w), in float64, over all pairs of the map."""
+    h, w = edge.shape
+    matrix = torch.eye(h * w, dtype=torch.double)
+    for (dy, dx), path in zip(pair_offsets(radius), pair_paths(radius), strict=True):
+        for y in range(h):
+            for x in range(w):
+                if y + dy < h and 0 <= x + dx < w:
+                    i, j = y * w + x, (y + dy) * w + x + dx
+                    matrix[i, j] = matrix[j, i] = 1 - max(float(edge[y + py, x + px]) for py, px in path)
+    matrix = matrix**beta
+    matrix /= matrix.sum(0)
+    result = (maps * (1 - edge)).double().flatten(1)
+    for _ in range(steps):
+        result = result @ matrix
+    return result.view_as(maps)
+
+
+@pytest.mark.parametrize(("size", "radius"), [((7, 10), 5), ((6, 5), 3), ((3, 2), 5)])
+@pytest.mark.parametrize("dense", [True, False, None])
+def test_walk_between_edges_written_out(size: tuple[int, int], radius: int, dense: bool | None) -> None:
+    torch.manual_seed(0)
+    edge, maps = torch.rand(2, 1, *size) ** 2, torch.rand(2, 3, *size)
+    found = edge_walk(edge, maps, radius, beta=3.0, logt=4, dense=dense)
+    for image in range(2):
+        expected = edges_written_out(edge[image, 0], maps[image], radius, 3.0, 16)
+        torch.testing.assert_close(found[image].double(), expected, rtol=0, atol=2e-6)
+
+
+def test_both_forms_of_the_walk_between_edges_agree() -> None:
+    torch.manual_seed(0)
+    edge, maps = torch.rand(2, 1, 21, 30) ** 4, torch.rand(2, 4, 21, 30)
+    dense, sparse = (edge_walk(edge, maps, dense=form) for form in (True, False))
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-5)
+
+
+def test_a_boundary_stops_the_walk() -> None:
+    edge, maps = torch.zeros(1, 1, 12, 20), torch.zeros(1, 1, 12, 20)
+    edge[..., 9] = 1.0
+    maps[..., 5, 3] = 1.0
+    walked = edge_walk(edge, maps)[0, 0]
+    assert (walked[:, :9] > 0).all()
+    assert (walked[:, 9:] == 0).all()

@@ -1,6 +1,7 @@
 """`wsss-label`: pseudo masks of a data set from the CAMs of a method and the image-level labels."""
 
 import hashlib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wsss.data.base import Images
-    from wsss.methods.affinity import Affinity
     from wsss.methods.base import WSSSModule
-    from wsss.outputs.labels import LabelFolder
+    from wsss.methods.stage import Stage
+    from wsss.outputs.labels import InstanceMap, LabelFolder
     from wsss.refine.pseudo import Refined
 
 
@@ -49,7 +50,7 @@ def label(cfg: DictConfig) -> int:
     origin["settings"] |= flatten(refine.keywords, "refine")
     if refine.args:
         origin["settings"]["refine.affinity_sha256"] = sha256(cfg.refine.affinity)
-    optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay}
+    optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay, "instances": cfg.instances}
     folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
     ids = list(images.ids)
     with shared(folder.out):
@@ -77,9 +78,9 @@ def check_settings(cfg: DictConfig) -> None:
     """Refuse what would fail late.
 
     Raises:
-        InputError: a value of another kind, or scores that no refinement gives.
+        InputError: a value of another kind, or scores or instances that the refinement does not give.
     """
-    for key in ("cams", "scores", "overlay"):
+    for key in ("cams", "scores", "overlay", "instances"):
         if not isinstance(cfg[key], bool):
             raise InputError(f"{key} is {cfg[key]!r}: expected true or false")
     if not isinstance(cfg.num_workers, int) or cfg.num_workers < 0:
@@ -88,6 +89,11 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError(f"split is {cfg.split!r}: expected train or val; dataset.train=LIST names other images")
     if cfg.scores and not isinstance(plain_values(cfg.refine, "refine").get("alpha"), list):
         raise InputError("scores=true keeps those of a low and a high alpha: add refine=crf refine.alpha=[4,32]")
+    if cfg.instances and "instances" not in inspect.signature(class_named(cfg.refine._target_)).parameters:
+        raise InputError(
+            "instances=true tells objects apart by the displacements of method=irn: add refine=irn_walk "
+            "refine.affinity=FILE, its checkpoint"
+        )
 
 
 def share(cfg: DictConfig, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -146,7 +152,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     settings = {group: choices[group] for group in ("method", "dataset", "refine")}
     settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
     settings |= flatten(asdict(method.protocol), "protocol")
-    settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay")}
+    settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay", "instances")}
     checkpoint_path = os.path.abspath(cfg.checkpoint)
     origin = {
         "version": __version__,
@@ -174,8 +180,8 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
 
     name, values = HydraConfig.get().runtime.choices["refine"], plain_values(cfg.refine, "refine")
     target = class_named(cfg.refine._target_)
-    networks = [load_affinity(values.pop("affinity"))] if "affinity" in values else []
-    check_arguments(target, values, "refine", given=("self", "image", "cam"))
+    networks = [load_affinity(values.pop("affinity"), cfg.refine._target_)] if "affinity" in values else []
+    check_arguments(target, values, "refine", given=("self", "image", "cam", "instances"))
     rule = values["background"] if isinstance(values.get("background"), dict) else {}
     check_arguments(background_scores, rule, "refine.background", given=("cam",))
     from_method = rule.get("rule") == "constant" and rule.get("value") is None
@@ -186,7 +192,7 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
             f"refine={name} labels background, and the classes of these data cover the whole image: use refine=none "
             "with its own background"
         )
-    refine = partial(target, *networks, **values)
+    refine = partial(target, *networks, **values | ({"instances": True} if cfg.instances else {}))
     try:
         refine(torch.full((3, 96, 96), 128.0), torch.full((1, 96, 96), 0.5))
     except InputError:
@@ -199,18 +205,20 @@ def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
     return refine
 
 
-def load_affinity(path: str) -> "Affinity":
-    """The network of refine=walk.
+def load_affinity(path: str, target: str) -> "Stage":
+    """The network of refine=walk or irn_walk, a method of whose class is the target.
 
     Raises:
         InputError: the file cannot be read, or is the checkpoint of another method.
     """
     from wsss.checkpoints import load_stage
-    from wsss.methods.affinity import Affinity
 
-    network = load_stage(path, directories=extra_directories())
-    if not isinstance(network, Affinity):
-        raise InputError(f"refine.affinity={path} is of {type(network).__name__}: give a checkpoint of method=affinity")
+    network, expected = load_stage(path, directories=extra_directories()), class_named(target.rpartition(".")[0])
+    if not isinstance(network, expected):
+        raise InputError(
+            f"refine.affinity={path} is of {type(network).__name__}: give a checkpoint of "
+            f"method={expected.__name__.lower()}"
+        )
     return network
 
 
@@ -242,7 +250,7 @@ def make(
             failed.append(item)
             continue
         try:
-            mask, cams, scores = make_one(method, refine, item, photo)
+            mask, cams, scores, instances = make_one(method, refine, item, photo)
         except InputError as error:  # too small for the network, say
             failed.append(f"{name}: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -251,31 +259,39 @@ def make(
             height, width = photo.shape[1:]
             failed.append(f"{name}: there is not enough memory for its {width}x{height} pixels")
         else:
-            folder.write(name, mask, item["image"], cams, scores)
+            folder.write(name, mask, item["image"], cams, scores, instances)
     return failed
 
 
 def make_one(
     method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor"
-) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"]]:
-    """Mask, maps by id and scores of an item, whose image also comes normalised (3, H, W)."""
+) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"], "InstanceMap"]:
+    """Mask, maps by id, scores and instances of an item, whose image also comes normalised (3, H, W).
+
+    A larger image is refined at the protocol's `max_side`, which bounds time and memory as it does with the maps.
+    """
     import numpy as np
     import torch
 
-    from wsss.cam import resize
+    from wsss.cam import reduce, resize, resize_ids
+    from wsss.outputs.labels import InstanceMap
 
     image, shown = item["image"], np.flatnonzero(item["label"])
     size = image.shape[:2]
     if len(shown) == 0:
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
-        return mask, {}, [np.ones((1, *size), np.float32)] * 2
+        return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
     cam = method.infer(photo[None].to(method.device))["cam"][:, torch.from_numpy(shown).to(method.device)]
-    cam = resize(cam, size)[0].float()  # (n, H, W)
-    refined = refine(torch.from_numpy(image).to(method.device).permute(2, 0, 1).float(), cam)
+    colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
+    refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)
     ids[1 : len(shown) + 1] = shown + 1
-    maps = dict(zip((shown + 1).tolist(), cam.cpu().numpy(), strict=True))
-    return ids[refined.mask.cpu().numpy()], maps, [score.cpu().numpy() for score in refined.scores]
+    maps = dict(zip((shown + 1).tolist(), resize(cam, size)[0].float().cpu().numpy(), strict=True))
+    mask = ids[resize_ids(refined.mask, size).cpu().numpy()]
+    scores = [resize(score[None], size)[0].cpu().numpy() for score in refined.scores]
+    numbers, owners, certainties = refined.instances or (refined.mask * 0, [], [])
+    instances = resize_ids(numbers, size).cpu().numpy().astype(np.uint16)
+    return mask, maps, scores, InstanceMap(instances, [int(ids[k + 1]) for k in owners], certainties)
 
 
 def prepare(arguments: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from wsss.losses.cross_entropy import (
     CrossEntropyLoss,
 )
 from wsss.losses.energy import DenseEnergyLoss
+from wsss.losses.irn import DisplacementLoss
 from wsss.losses.mctformer import ClassTokenSeparationLoss
 from wsss.losses.ppc import PixelPrototypeContrastLoss
 from wsss.losses.rcm_mam import MultiscaleAttentiveLoss, PrototypeMemory, RegionalContrastLoss
@@ -29,6 +30,7 @@ __all__ = [
     "ClippedCrossEntropyLoss",
     "CrossEntropyLoss",
     "DenseEnergyLoss",
+    "DisplacementLoss",
     "EquivarianceLoss",
     "EquivariantCrossLoss",
     "MinPoolingLoss",

@@ -10,7 +10,6 @@ from torch import Tensor
 from wsss import InputError
 from wsss.methods.stage import Stage
 from wsss.networks.affinity import AffinityNet, pair_affinity
-from wsss.networks.weights import misfit, read_state_dict
 from wsss.optim import sgd_poly
 from wsss.pairs import CELL, fitting_radius, source_size
 from wsss.refine.pseudo import Refined
@@ -64,19 +63,7 @@ class Affinity(Stage):
             raise InputError(f"losses.affinity.radius is {self.radius!r}: expected a whole number of at least 2")
         self.network = AffinityNet(backbone, weights, backbone_args)
         if init_checkpoint is not None:
-            self.start_from(init_checkpoint)
-
-    def start_from(self, path: str) -> None:
-        """The backbone's weights from a checkpoint of method=cam.
-
-        Raises:
-            InputError: it cannot be read, or is of another network.
-        """
-        own = self.network.backbone
-        state = {n.removeprefix("backbone."): t for n, t in read_state_dict(path).items() if n.startswith("backbone.")}
-        if said := misfit(own.state_dict(), state):
-            raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
-        own.load_state_dict(state)
+            self.network.backbone.start_from(init_checkpoint)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -153,9 +140,8 @@ class Affinity(Stage):
             raise InputError(
                 f"refine has alpha={alpha}, beta={beta} and logt={logt}: expected alpha and beta above 0, logt 0 to 16"
             )
-        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (self.mean, self.std))
         label = torch.ones_like(cam[None, :, 0, 0])
-        scores = self.refine(((image / 255 - mean) / std)[None], cam[None], label, background, alpha, beta, logt)
+        scores = self.refine(self.normalised(image[None]), cam[None], label, background, alpha, beta, logt)
         return Refined(scores[0, : 1 + len(cam)].argmax(dim=0))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

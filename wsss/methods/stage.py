@@ -104,6 +104,11 @@ class Stage(pl.LightningModule):
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         return denormalise(image, self.mean, self.std)
 
+    def normalised(self, colours: Tensor) -> Tensor:
+        """The inverse of `colours`: (B, 3, H, W) 0..255 -> normalised images."""
+        mean, std = (colours.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (colours / 255 - mean) / std
+
     def sized(self, image: Tensor) -> Tensor:
         """Images at the protocol's size."""
         image, side = reduce(image, self.protocol.max_side), self.protocol.size

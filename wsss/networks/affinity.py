@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.cam import resize
 from wsss.networks.cnn import CNN
-from wsss.networks.resnet38 import ResNet38
 from wsss.pairs import CELL, pair_views
 
 
@@ -63,28 +62,14 @@ class AffinityNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = CNN(backbone, weights, arguments)
-        if isinstance(self.backbone.body, ResNet38):
-            self.head = AffinityHead(self.backbone.body.channels)
-            return
-        settings: Any = self.backbone.body.pretrained_cfg
-        try:
-            with torch.no_grad():
-                stages = self.eval().stages(torch.zeros(1, *settings["input_size"]))
-            self.train()
-            self.head = AffinityHead([stage.shape[1] for stage in stages])
-        except (AttributeError, AssertionError, IndexError, ValueError) as error:
-            raise InputError(
-                f"backbone {backbone!r} does not give the features of its last three stages, which the affinity "
-                "network reads: expected resnet38 or a timm CNN that does, e.g. resnet50 or convnext_tiny"
-            ) from error
+        stages = self.backbone.describe_stages(3)
+        if len(stages) < 3:
+            raise InputError(f"backbone {backbone!r} has {len(stages)} stages: the affinity network reads three")
+        self.head = AffinityHead([channels for channels, _ in stages])
 
     def stages(self, image: Tensor) -> Sequence[Tensor]:
         """Three maps of features, the last one the deepest."""
-        body: Any = self.backbone.body
-        if isinstance(body, ResNet38):
-            return body(image)
-        features: list[Tensor] = body.forward_intermediates(image, indices=3, intermediates_only=True)
-        return features
+        return self.backbone.stages(image, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         size = [-(-side // CELL) for side in image.shape[-2:]]

@@ -1,6 +1,7 @@
 """Convolutional networks behind one interface: image in, last features out."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.networks.resnet38 import ResNet38, Taps
 from wsss.networks.vit import create_timm
+from wsss.networks.weights import misfit, read_state_dict
 
 
 class CNN(nn.Module):
@@ -29,6 +31,7 @@ class CNN(nn.Module):
         self, backbone: str = "resnet38", weights: str | None = None, arguments: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
+        self.name = backbone
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
         self.body: nn.Module
         self.channels: int
@@ -54,3 +57,41 @@ class CNN(nn.Module):
         features = self.body(image)
         result: Tensor = features.conv6 if isinstance(features, Taps) else features
         return result
+
+    def stages(self, image: Tensor, count: int | None = None) -> Sequence[Tensor]:
+        """Features (B, C_i, h_i, w_i) of the last `count` stages, None of all, the deepest last."""
+        body: Any = self.body
+        if isinstance(body, ResNet38):
+            return body.stages(image)[-(count or 0) :]
+        features: list[Tensor] = body.forward_intermediates(image, indices=count, intermediates_only=True)
+        return features
+
+    def describe_stages(self, count: int | None = None) -> list[tuple[int, int]]:
+        """Channels of `stages`, and their strides in pixels, powers of two.
+
+        Raises:
+            InputError: a network that does not give its stages.
+        """
+        settings: Any = getattr(self.body, "pretrained_cfg", {"input_size": (3, 64, 64)})
+        size, training = settings["input_size"], self.training
+        try:
+            with torch.no_grad():
+                stages = self.eval().stages(torch.zeros(1, *size), count)
+        except (AttributeError, AssertionError, IndexError, ValueError) as error:
+            raise InputError(
+                f"backbone {self.name!r} does not give the features of its stages, which this network reads: expected "
+                "resnet38 or a timm CNN that does, e.g. resnet50 or convnext_tiny"
+            ) from error
+        self.train(training)
+        return [(stage.shape[1], 2 ** round(math.log2(size[1] / stage.shape[2]))) for stage in stages]
+
+    def start_from(self, path: str) -> None:
+        """Take the weights of the backbone in a checkpoint of method=cam.
+
+        Raises:
+            InputError: it cannot be read, or is of another network.
+        """
+        state = {n.removeprefix("backbone."): t for n, t in read_state_dict(path).items() if n.startswith("backbone.")}
+        if said := misfit(self.state_dict(), state):
+            raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
+        self.load_state_dict(state)

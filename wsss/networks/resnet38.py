@@ -207,15 +207,19 @@ class ResNet38(nn.Module):
             module.eval()
         return self
 
-    def forward(self, image: Tensor) -> Taps:
-        taps = {}
+    def stages(self, image: Tensor) -> list[Tensor]:
+        """conv3 (B, 4 * width, ceil(H / 4), ceil(W / 4)), the activated input of b4, then those of `Taps`."""
+        taps = []
         x = self.conv1a(image)
         for name, block in self.named_children():
             if isinstance(block, ResBlock | BottleneckBlock):
                 x, activated = block(x)
-                if name in ("b5", "b6"):
-                    taps[name] = activated
-        return Taps(taps["b5"], taps["b6"], F.relu(self.bn7(x)))
+                if name in ("b4", "b5", "b6"):
+                    taps.append(activated)
+        return [*taps, F.relu(self.bn7(x))]
+
+    def forward(self, image: Tensor) -> Taps:
+        return Taps(*self.stages(image)[1:])
 
 
 def mxnet_name(name: str) -> str:

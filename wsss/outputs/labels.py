@@ -15,8 +15,28 @@ from wsss.outputs.masks import MaskFolder
 from wsss.report.tables import progress
 from wsss.writing import write_json, write_whole
 
-SUFFIXES = {"masks": ".png", "cams": ".npz", "scores": ".npz", "overlays": ".jpg"}
+SUFFIXES = {
+    "masks": (".png",),
+    "cams": (".npz",),
+    "scores": (".npz",),
+    "overlays": (".jpg",),
+    "instances": (".png", ".json"),
+}
 """Of the files of an image, by the name of their folder."""
+
+
+class InstanceMap(NamedTuple):
+    """The instances of an image.
+
+    Attributes:
+        numbers: uint16 (H, W), 0 where none is, else from 1 on.
+        ids: of the class of each.
+        scores: of each, in [0, 1].
+    """
+
+    numbers: np.ndarray
+    ids: Sequence[int]
+    scores: Sequence[float]
 
 
 class ClassTable(NamedTuple):
@@ -41,8 +61,8 @@ class LabelFolder:
     """`masks/<id>.png` and, on request, further files of each image, all of the same settings.
 
     `settings.json` says from the beginning what they are made of, and nothing else may be added to them.
-    `manifest.json`, the same and size and sha256 of every mask, is there when all of them are. Nothing in the folder
-    depends on how many processes have made it, nor on how often they were interrupted.
+    `manifest.json`, the same and size and sha256 of every mask, and sha256 of its instances, is there when all of them
+    are. Nothing in the folder depends on how many processes have made it, nor on how often they were interrupted.
 
     Args:
         out: the folder; made where it is missing.
@@ -86,7 +106,10 @@ class LabelFolder:
 
     def has(self, name: str) -> bool:
         """Whether all files of an image are there; each is whole."""
-        return all((self.out / kind / f"{name}{SUFFIXES[kind]}").is_file() for kind in self.kinds)
+        return all(path.is_file() for kind in self.kinds for path in self._paths(kind, name))
+
+    def _paths(self, kind: str, name: str) -> list[Path]:
+        return [self.out / kind / f"{name}{suffix}" for suffix in SUFFIXES[kind]]
 
     def write(
         self,
@@ -95,6 +118,7 @@ class LabelFolder:
         image: np.ndarray,
         cams: Mapping[int, np.ndarray],
         scores: Sequence[np.ndarray] = (),
+        instances: InstanceMap | None = None,
     ) -> None:
         """The files of an image, of the kinds that were asked for.
 
@@ -104,7 +128,17 @@ class LabelFolder:
             image: uint8 (H, W, 3).
             cams: by id the maps (H, W) of the classes of the image.
             scores: the low and the high (1 + n, H, W).
+            instances: a 16-bit PNG of numbers, and a JSON that lists `number`, `class`, `id` and `score` of each.
         """
+        if "instances" in self.kinds and instances is not None:
+            picture, table = self._paths("instances", name)
+            rows = [
+                {"number": number, "class": self.origin["classes"][c - 1], "id": c, "score": score}
+                for number, (c, score) in enumerate(zip(instances.ids, instances.scores, strict=True), 1)
+            ]
+            write_json(table, {"instances": rows})
+            with write_whole(picture) as file:
+                Image.fromarray(instances.numbers).save(file, "png")
         if "scores" in self.kinds:
             low, high = (np.asarray(score, np.float16) for score in scores)
             with write_whole(self.out / "scores" / f"{name}.npz") as file:
@@ -121,12 +155,13 @@ class LabelFolder:
             labels: (N, C) of zeros and ones.
 
         Raises:
-            InputError: a mask cannot be read, or is not the one that the manifest lists.
+            InputError: a mask cannot be read, or a file is not the one that the manifest lists.
         """
         path = self.out / "manifest.json"
         listed = _read_object(path).get("masks", {}) if path.exists() else {}
         known = [*range(labels.shape[1] + 1), 255]
-        found, counts = {}, np.zeros((len(ids), len(known)), np.int64)
+        found: dict[str, dict[str, Any]] = {}
+        counts = np.zeros((len(ids), len(known)), np.int64)
         for index, name in enumerate(progress(ids, len(ids), "listing")):
             mask = self.files.masks / f"{name}.png"
             content = mask.read_bytes()
@@ -139,8 +174,12 @@ class LabelFolder:
             if counts[index].sum() != pixels.size:
                 raise InputError(f"{mask} holds ids of no class: remove it and run again")
             found[name] = {"size": size, "sha256": hashlib.sha256(content).hexdigest()}
+            files = self._paths("instances", name) if "instances" in self.kinds else []
+            if files:
+                found[name]["instances_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
             if listed and listed.get(name) != found[name]:
-                raise InputError(f"{mask} is not the one that {path} lists: remove both and run again")
+                shown = " or ".join(map(str, [mask, *files]))
+                raise InputError(f"{shown} is not the one that {path} lists: remove both and run again")
         if not listed:
             write_json(path, self.origin | {"masks": found})
         return count_classes(counts, labels)

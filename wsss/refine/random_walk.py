@@ -1,7 +1,8 @@
-"""The random walk of PSA: activation maps that spread to where the affinities of neighbouring cells lead them.
+"""The random walk of PSA and IRN: activation maps that spread to where affinities of neighbouring cells lead them.
 
-PSA: Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, arXiv 1803.10464,
-as its code does it. A map of h x w cells has N = h w of them.
+PSA: Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018, arXiv 1803.10464;
+IRN: Ahn, Cho and Kwak, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019,
+arXiv 1904.05044; as their code does it. A map of h x w cells has N = h w of them.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.cam import resize
-from wsss.pairs import CELL, pair_offsets, pair_views, source_size
+from wsss.pairs import CELL, pair_offsets, pair_views, path_affinity, source_size
 
 DENSE_CELLS = {"cpu": 512, "cuda": 4096}
 """Up to so many cells of a map the dense form is the faster one, by device."""
@@ -104,6 +105,25 @@ def _sparse_walk(weight: Tensor, maps: Tensor, radius: int, steps: int) -> Tenso
             to_end -= difference
         maps.addcdiv_(change, total)
     return maps
+
+
+def edge_walk(
+    edge: Tensor, maps: Tensor, radius: int = 5, beta: float = 10.0, logt: int = 8, dense: bool | None = None
+) -> Tensor:
+    """`random_walk` of maps that fade where class boundaries are, and do not cross them (IRN).
+
+    Unlike with PSA every cell has all pairs of the radius: around the map everything is boundary.
+
+    Args:
+        edge: (B, 1, h, w) in [0, 1].
+        maps: (B, C, h, w).
+        radius, beta, logt, dense: see `random_walk`.
+    """
+    (h, w), reach = maps.shape[-2:], max(radius - 1, 0)
+    around = (reach, reach, 0, reach)
+    affinity = path_affinity(F.pad(edge, around, value=1.0), radius)
+    walked = random_walk(affinity, F.pad(maps * (1 - edge), around), radius, beta, logt, dense)
+    return walked[..., :h, reach : reach + w]
 
 
 def with_background_score(cam: Tensor, background: float | None = None, alpha: float = 16.0) -> Tensor:
