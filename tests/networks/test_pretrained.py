@@ -163,6 +163,7 @@ def test_files_of_other_makes(raw: State, tmp_path: Path, wrapped: Callable[[Sta
         ("tf_efficientnet_lite0", {"_blocks.3._bn0.bias": None}, "lacks _blocks.3._bn0.bias (1 in all)"),
         ("tf_efficientnet_lite0", {"_swish.weight": torch.ones(1)}, "has unknown _swish.weight (1 in all)"),
         ("tf_efficientnet_lite0", {"_bn0.bias": torch.ones(4)}, "another shape for _bn0.bias (1 in all)"),
+        ("tf_efficientnet_lite0", {"bn1.bias": torch.ones(32)}, "has unknown _conv_stem.weight"),
         ("tf_efficientnet_lite1", {}, "lacks _blocks.16._expand_conv.weight"),
         ("resnet18", {}, "has unknown _conv_stem.weight"),
     ],
@@ -296,6 +297,7 @@ def rows(text: str) -> dict[str, str]:
 
 def test_weights_are_listed_without_any_here(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it looks for a network"))
     without_packages(monkeypatch)
     ended = command("data", "weights")
     assert ended.code == 0, ended.err

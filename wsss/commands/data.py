@@ -158,6 +158,7 @@ TIMM_WEIGHTS = {
 """Weights of timm that the recipes start from or name -> whose they are."""
 
 WIDE = 1000
+"""Columns of a table that is not looked at in a terminal: nothing in it is folded, so that it can be searched."""
 
 
 def weights(_: DictConfig) -> int:
@@ -173,7 +174,7 @@ def weights(_: DictConfig) -> int:
     for backbone, name, source, here in rows:
         table.add_row(*map(escape, (f"method.backbone={backbone}\nmethod.weights={name}", source, here)))
     console = Console()
-    if not console.is_terminal:  # in a file or a pipe nothing is folded, so that it can be searched
+    if not console.is_terminal:
         console.width = WIDE
     console.print(table)
     print(

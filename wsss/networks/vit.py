@@ -176,12 +176,17 @@ def load_timm(model: Any, backbone: str, path: str) -> str:
     if any(package.backbone == backbone for package in PACKAGES.values()) and any("_blocks." in key for key in content):
         theirs, heads = package_names(model), (*heads, CLASSIFIER)
     ours = {name: own for own, name in theirs.items()}
+
+    def converted(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
+        return convert(renamed if len(renamed) == len(state) else state, model)  # with both names it is refused
+
     return load_weights(
         model,
         f"{backbone} without its head",
         path,
         content,
-        lambda state: convert({ours.get(name, name): tensor for name, tensor in state.items()}, model),
+        converted,
         HEADS + heads,
         lambda name: theirs.get(name, name),
     )
