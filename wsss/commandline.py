@@ -232,7 +232,7 @@ def _siblings(key: str, name: str, arguments: list[str]) -> str:
     known = [str(k) for k in node if k != "_target_"]
     near = get_close_matches(key.rpartition(".")[2], known, n=3)
     where = f"in {'.'.join(path)} " if path else ""
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known {where}are {', '.join(known)}"
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known {where}are {', '.join(known) or 'none'}"
 
 
 def check_choices() -> None:
@@ -276,6 +276,7 @@ def print_help(name: str, arguments: list[str]) -> None:
     for group, known in options.items():
         if known:
             print(f"  {group}={composed.hydra.runtime.choices[group]}  of {', '.join(known)}")
-    print("\nSet any of these, KEY.KEY=VALUE; the values are those that hold now:\n")
-    print(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])).rstrip())
-    print("\n-m sweeps over values given as a,b,c; --config-dir DIR adds options of your own")
+    if settable := [str(k) for k in composed if k != "hydra"]:
+        print("\nSet any of these, KEY.KEY=VALUE; the values are those that hold now:\n")
+        print(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, settable)).rstrip())
+        print("\n-m sweeps over values given as a,b,c; --config-dir DIR adds options of your own")

@@ -26,7 +26,8 @@ class Affinity(Stage):
         num_classes: C, foreground classes only.
         classes: their names.
         backbone: `resnet38`, or the timm name of a convolutional network.
-        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag or a file.
+        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag, the name of
+            an installed package (`efficientnet_lite0`), or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor.
         init_checkpoint: a checkpoint of method=cam to start the backbone from.
         losses: weight and arguments of affinity, whose radius is that of the walk, too.

@@ -26,7 +26,8 @@ class CAM(WSSSModule):
         num_classes: C, foreground classes only.
         classes: their names.
         backbone: `resnet38`, or the timm name of a convolutional network.
-        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag or a file.
+        weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag, the name of
+            an installed package (`efficientnet_lite0`), or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor, e.g. `output_stride`.
         dropout: probability that a channel of the last features is dropped.
         cam_scales: scales of the multi-scale maps; 1 always takes part.

@@ -20,7 +20,8 @@ class CNN(nn.Module):
 
     Args:
         backbone: `resnet38` or a timm name.
-        weights: None; of ResNet38 see there; else a timm tag, or a `.pth` or `.safetensors` file.
+        weights: None; of ResNet38 see there; else a timm tag, a name of `pretrained.PACKAGES`, or a `.pth` or
+            `.safetensors` file.
         arguments: arguments of `ResNet38`, or of timm's constructor; None leaves one as it is.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.networks.mxnet import read_params
+from wsss.networks.pretrained import check_backbone
 from wsss.networks.vit import TINY_PARAMETERS
 from wsss.networks.weights import COUNTER, compare_layout, load_weights, read_state_dict
 
@@ -178,6 +179,7 @@ class ResNet38(nn.Module):
         Raises:
             InputError: the file is missing, damaged or of another network; the first names of each kind are given.
         """
+        check_backbone(path, "resnet38")
         theirs: dict[str, str] = {}
         if Path(path).suffix == ".params":
             theirs = {name: mxnet_name(name) for name in self.state_dict() if not name.endswith(COUNTER)}

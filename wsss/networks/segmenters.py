@@ -59,8 +59,9 @@ class EncoderDecoder(nn.Module):
     Args:
         backbone: name of an encoder: `tu-` and the name of a timm network, or one of the package's own.
         decoder: `unet`, `fpn`, `deeplabv3plus`, ...
-        weights: of the encoder: None for random ones, a `.pth` or `.safetensors` file, or the tag of a `tu-` encoder in
-            timm. The package's own downloads are not used: they do not say which layers found no weights.
+        weights: of the encoder: None for random ones, a `.pth` or `.safetensors` file, or, of a `tu-` encoder, a tag in
+            timm or the name of an installed package (`efficientnet_lite0`). What segmentation-models-pytorch downloads
+            is not used: it does not say which layers found no weights.
         arguments: of the constructors of decoder and encoder, e.g. `decoder_channels`, `encoder_output_stride`.
         num_ids: 1 + C.
 

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from wsss import InputError
+from wsss.networks.pretrained import CLASSIFIER, PACKAGES, check_backbone, package_names, packaged_file
 from wsss.networks.weights import HEADS, is_file, load_weights, read_state_dict
 
 TINY_PARAMETERS = 6_000_000
@@ -118,18 +119,23 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
 
     Args:
         backbone: its name, without a tag.
-        weights: None for random weights, a timm tag, or a `.pth` or `.safetensors` file.
+        weights: None for random weights, a timm tag, a name of `PACKAGES`, or a `.pth` or `.safetensors` file.
         arguments: of its constructor.
 
     Raises:
-        InputError: an unknown name, tag or argument; a file that does not fit; a download that fails.
+        InputError: an unknown name, tag or argument; a file that does not fit; a download that fails; a package that
+            is not installed.
     """
     if not timm.is_model(backbone):
         near = ", ".join(timm.list_models(f"{backbone.split('_')[0]}*")[:8]) or "vit_base_patch16_224, resnet50"
         raise InputError(f"unknown backbone {backbone!r}: give the name of a timm model, e.g. {near}")
+    if weights in PACKAGES:
+        check_backbone(weights, backbone)
+        weights = packaged_file(weights)
     tag = None if weights is None or is_file(weights) else weights
     known = [name.split(".", 1)[1] for name in timm.list_models(f"{backbone}.*", pretrained=True)]
     if tag is not None and tag not in known:
+        known += [name for name, package in PACKAGES.items() if package.backbone == backbone]
         raise InputError(
             f"weights {tag!r} is neither a .pth or .safetensors file nor a timm tag of {backbone}, which has "
             f"{', '.join(known) or 'none'}: give one of these, or start without by method.weights=null"
@@ -158,16 +164,29 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
 
 
 def load_timm(model: Any, backbone: str, path: str) -> str:
-    """`load_weights` of a timm model, converted as timm does: position table and patches resized, names translated."""
+    """`load_weights` of a timm model, converted as timm does: position table and patches resized, names translated.
+
+    For the networks of `PACKAGES` the packages' own files are read too, and named as they name their tensors.
+    """
     module = sys.modules[timm.model_entrypoint(backbone).__module__]
-    convert = getattr(module, "checkpoint_filter_fn", None)  # timm's convention
+    convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)  # timm's convention
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    content, theirs = read_state_dict(path), {}
+    if any(package.backbone == backbone for package in PACKAGES.values()) and any("_blocks." in key for key in content):
+        theirs, heads = package_names(model), (*heads, CLASSIFIER)
+    ours = {name: own for own, name in theirs.items()}
+
+    def converted(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
+        return convert(renamed if len(renamed) == len(state) else state, model)  # with both names it is refused
+
     return load_weights(
         model,
         f"{backbone} without its head",
         path,
-        read_state_dict(path),
-        dict if convert is None else lambda state: convert(state, model),
+        content,
+        converted,
         HEADS + heads,
+        lambda name: theirs.get(name, name),
     )
