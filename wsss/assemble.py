@@ -4,8 +4,10 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig
 
 from wsss import InputError, printable
@@ -19,7 +21,9 @@ from wsss.config import (
 )
 from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
+from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
+from wsss.data.pixels import Normalise
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
 from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import EXTRAS, Protocol
@@ -120,7 +124,8 @@ def check_views(method: "Stage", data: DataModule, name: str, transform: str | N
     Raises:
         InputError: it does not; or there are pixels that the method does not learn from.
     """
-    given = data.train.setting if isinstance(data.train, FromFolder) else None
+    train = data.train.source if isinstance(data.train, FeatureImages) else data.train
+    given = train.setting if isinstance(train, FromFolder) else None
     if given not in (None, method.supervision):
         raise InputError(f"{name} has no use for {given}: leave the setting out")
     if given != method.supervision:
@@ -157,6 +162,38 @@ def build_method(cfg: DictConfig, data: DataModule) -> "Stage":
         tell(f"loaded {weights}")
     tell(f"images are normalised with mean {tuple(method.mean)} and standard deviation {tuple(method.std)}")
     return method
+
+
+def use_features(cfg: DictConfig, method: "Stage", data: DataModule) -> None:
+    """Let a method with a frozen network have the features of all images instead, computed now where they are missing.
+
+    Raises:
+        InputError: an image that cannot be used, or too little room.
+    """
+    if method.learns_from == "image":
+        return
+    for split in ("train", "val"):
+        if (images := getattr(data, split)) is not None:
+            setattr(data, split, with_features(cfg, method, images, pooled=method.learns_from == "mean"))
+
+
+def with_features(cfg: DictConfig, method: Any, images: Images, pooled: bool = False) -> FeatureImages:
+    """`use_features` of one data set."""
+    store = FeatureStore(cfg.features.folder, method.frozen.key, cfg.features.limit_gb)
+    names = feature_names(images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method.frozen.to(device)
+    made = fill(
+        store,
+        images,
+        names,
+        Normalise(method.mean, method.std),
+        lambda image: method.frozen(method.sized(image.to(device))),
+        cfg.data.num_workers if "data" in cfg else cfg.num_workers,
+        partial(progress, description="features"),
+    )
+    print(f"features of {len(names)} images, {made} of them computed now, in {store.folder}")
+    return FeatureImages(images, store, names, pooled)
 
 
 def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Images, list[str]]:

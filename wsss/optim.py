@@ -51,6 +51,11 @@ def warmup_cosine(
     return rate
 
 
+def cosine(max_steps: int) -> Callable[[int], float]:
+    """From 1 to 0 as half a cosine: the factor of the base rate at a step."""
+    return lambda step: (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
+
+
 def parameter_groups(
     network: nn.Module, lr: float, weight_decay: float, heads: Sequence[nn.Module] = ()
 ) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     """Evaluate, print a table, write metrics.json, tables.json and pictures; returns the figures."""
     import pytorch_lightning as pl
 
-    from wsss.assemble import build_trainer, fit_sizes, notes_on, open_images, quieten, with_classes
+    from wsss.assemble import build_trainer, fit_sizes, notes_on, open_images, quieten, use_features, with_classes
     from wsss.callbacks import PerImageCounts, StepProgress
     from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.datamodule import DataModule
@@ -47,6 +47,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if cfg.detail:
         method.measure_details()
     data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
+    use_features(cfg, method, data)
     write_skipped(out, [*skipped, *small])
     settings = plain_values(cfg.trainer, "trainer")
     callbacks: list[pl.Callback] = [StepProgress()] if settings["enable_progress_bar"] else []

@@ -123,7 +123,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     """
     from dataclasses import asdict
 
-    from wsss.assemble import fit_sizes, open_images
+    from wsss.assemble import fit_sizes, open_images, with_features
     from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.base import as_images
     from wsss.methods.base import WSSSModule
@@ -148,6 +148,8 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     if cfg.on_bad_image == "skip":
         images, small = fit_sizes(images, method, cfg.on_bad_image)
         skipped += small
+    if method.learns_from != "image":
+        images = with_features(cfg, method, images)
     arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
     settings = {group: choices[group] for group in ("method", "dataset", "refine")}
     settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
@@ -281,7 +283,10 @@ def make_one(
     if len(shown) == 0:
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
         return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
-    cam = method.infer(photo[None].to(method.device))["cam"][:, torch.from_numpy(shown).to(method.device)]
+    batch = {"image": photo[None].to(method.device)}
+    if "features" in item:
+        batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
+    cam = method.infer_batch(batch)["cam"][:, torch.from_numpy(shown).to(method.device)]
     colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
     refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)

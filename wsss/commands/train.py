@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     """
     import pytorch_lightning as pl
 
-    from wsss.assemble import build_data, build_method, check_views, fit_sizes
+    from wsss.assemble import build_data, build_method, check_views, fit_sizes, use_features
 
     choices = HydraConfig.get().runtime.choices
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -99,6 +99,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     if data.val is not None:
         data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
         skipped += small
+    use_features(cfg, method, data)
     check_views(method, data, choices["method"], choices.get("transform"))
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:

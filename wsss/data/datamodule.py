@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsss import InputError
 from wsss.data.base import Images, PlainImages, as_images, digest
+from wsss.data.features import FeatureImages
 from wsss.data.pixels import Normalise
 from wsss.data.pseudo import pixel_tensors, pixel_views
 from wsss.data.transforms import FlipCrop, Transform
@@ -60,6 +61,17 @@ class _TrainItems(Dataset[dict[str, Any]]):
         return tensors | supervision | {"label": torch.from_numpy(item["label"]), "id": item["id"]}
 
 
+class _FeatureItems(Dataset[dict[str, Any]]):
+    """Training items without images, by (position, index)."""
+
+    def __init__(self, source: FeatureImages, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, index = key
+        return self.source.training_item(index, np.random.default_rng([self.seed, 1, position]))
+
+
 class _EvalItems(Dataset[dict[str, Any]]):
     """Whole images with their masks, where the data set has masks."""
 
@@ -78,6 +90,8 @@ class _EvalItems(Dataset[dict[str, Any]]):
         }
         if "mask" in item:
             tensors["mask"] = torch.from_numpy(item["mask"].astype(np.int64))
+        if "features" in item:
+            tensors["features"] = torch.from_numpy(item["features"])
         return tensors
 
 
@@ -161,7 +175,10 @@ class DataModule(pl.LightningDataModule):
         """A training item as the loader makes it."""
         if self.train is None:
             raise InputError("this DataModule has no data set to train on")
-        return _TrainItems(self.train, self)[0, 0]
+        return self._training_items(self.train)[0, 0]
+
+    def _training_items(self, source: Images) -> Dataset[dict[str, Any]]:
+        return _FeatureItems(source, self.seed) if isinstance(source, FeatureImages) else _TrainItems(source, self)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         if self.train is None:
@@ -171,7 +188,7 @@ class DataModule(pl.LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * world
         return self._loader(
-            _TrainItems(self.train, self),
+            self._training_items(self.train),
             self.batch_size,
             sampler=EndlessSampler(len(self.train), self.seed, start, rank, world),
         )
@@ -210,7 +227,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         InputError: images of different sizes in one evaluation batch.
     """
-    shapes = {tuple(item["image"].shape[1:]) for item in items}
+    shapes = {tuple(item["image"].shape[1:]) for item in items if "image" in item}
     if len(shapes) > 1:
         raise InputError(
             f"images of sizes {', '.join(f'{w}x{h}' for h, w in sorted(shapes))} cannot share a batch: "

@@ -124,7 +124,7 @@ class WSSSModule(Stage):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         with self.watching_tokens():
-            output = self.infer(batch["image"])
+            output = self.infer_batch(batch)
         label = batch["label"]
         for key in ("map", "image_map", "f1"):
             self.metrics[key].update(output["logits"], label)

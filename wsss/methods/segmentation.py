@@ -16,7 +16,47 @@ from wsss.networks.segmenters import build_segmenter
 from wsss.optim import stepwise, warmup_poly
 
 
-class Segmentation(Stage):
+class PixelStage(Stage):
+    """What stages that learn from pseudo masks share: how they are evaluated and shown. No training logic."""
+
+    supervision = "pseudo_masks"
+
+    @property
+    def smallest_side(self) -> int:
+        return math.ceil(1 / min(1.0, *self.protocol.scales))  # a pixel at the smallest scale
+
+    def describe(self, split: str) -> dict[str, str]:
+        notes = self.protocol.describe(self.tagged(split), (1.0,), 0.0, cam_names=())
+        return {f"val/{key}": note for key, note in notes.items()}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if "mask" not in batch and "map" not in self.metrics:
+            return {"counts": []}
+        with self.watching_tokens():
+            output = self.infer_batch(batch)
+        if "map" in self.metrics:
+            self.metrics["map"].update(output["logits"], batch["label"])
+        if "mask" not in batch:
+            return {"counts": []}
+        counts, size = [], batch["mask"].shape[-2:]
+        work = reduced_size(size, self.protocol.max_side)
+        for word, scores in self.segment_steps(batch["image"], work, output["seg"]).items():
+            ids = resize_ids(scores.argmax(1), size)
+            self.metrics[f"{word}miou"].update(ids, batch["mask"])
+            counts += self.compare(ids, batch, word)
+        return {"counts": counts}
+
+    @torch.no_grad()
+    def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Image, prediction and, where there is any, truth."""
+        image = batch["image"].to(self.device)
+        colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
+        prediction = resize(self.infer(image)["seg"], image.shape[-2:]).argmax(1)[0]
+        pictures = {"image": colours, "prediction": prediction}
+        return {"examples": pictures | ({"truth": batch["mask"][0]} if "mask" in batch else {})}
+
+
+class Segmentation(PixelStage):
     """Fully supervised segmentation, but of pseudo masks: no true mask takes part.
 
     With ResNet38 and `large_fov` it is DeepLab-LargeFOV (Chen et al., ICLR 2015, arXiv 1412.7062) as released with
@@ -43,8 +83,6 @@ class Segmentation(Stage):
         momentum: of SGD.
         power: of the polynomial decay.
     """
-
-    supervision = "pseudo_masks"
 
     def __init__(
         self,
@@ -77,10 +115,6 @@ class Segmentation(Stage):
     def views(self) -> tuple[str, ...]:
         return ("image", "pseudo_mask")
 
-    @property
-    def smallest_side(self) -> int:
-        return math.ceil(1 / min(1.0, *self.protocol.scales))  # a pixel at the smallest scale
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         seg = self(batch["image"])["seg"]
         terms = {key: loss(seg, batch["pseudo_mask"]) for key, loss in self.losses.items()}
@@ -95,29 +129,3 @@ class Segmentation(Stage):
         ]
         optimizer = SGD(groups, momentum=self.hparams.momentum, weight_decay=self.hparams.weight_decay)
         return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))
-
-    def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(self.tagged(split), (1.0,), 0.0, cam_names=())
-        return {f"val/{key}": note for key, note in notes.items()}
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        if "mask" not in batch:
-            return {"counts": []}
-        with self.watching_tokens():
-            seg = self.infer(batch["image"])["seg"]
-        counts, size = [], batch["mask"].shape[-2:]
-        work = reduced_size(size, self.protocol.max_side)
-        for word, scores in self.segment_steps(batch["image"], work, seg).items():
-            ids = resize_ids(scores.argmax(1), size)
-            self.metrics[f"{word}miou"].update(ids, batch["mask"])
-            counts += self.compare(ids, batch, word)
-        return {"counts": counts}
-
-    @torch.no_grad()
-    def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-        """Image, prediction and, where there is any, truth."""
-        image = batch["image"].to(self.device)
-        colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
-        prediction = resize(self.infer(image)["seg"], image.shape[-2:]).argmax(1)[0]
-        pictures = {"image": colours, "prediction": prediction}
-        return {"examples": pictures | ({"truth": batch["mask"][0]} if "mask" in batch else {})}

@@ -43,6 +43,8 @@ class Stage(pl.LightningModule):
     """Whether `infer` gives maps of classes that a photograph's mask can be made of."""
     supervision: str | None = None
     """The setting of `wsss-train` that names the pixels this stage learns from; None for a stage without any."""
+    learns_from: str = "image"
+    """What training batches hold: `image`, or `mean` or `maps`, features of the images by the network `frozen`."""
     hparams: Any  # Lightning's property, whose type hides the names in it
 
     def __init__(
@@ -118,6 +120,10 @@ class Stage(pl.LightningModule):
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
         """`forward` at the protocol's size; a stage that makes CAMs also gives those, if `cams`."""
         return self(self.sized(image))
+
+    def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
+        """`infer` of the images of a batch, whose features may be known already."""
+        return self.infer(batch["image"], cams)
 
     def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:
         """Class scores (B, 1 + C, *size) under the protocol, from images as loaded and the `seg` of one pass over them.
