@@ -21,8 +21,8 @@ from wsss.config import (
 )
 from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
-from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
 from wsss.data.doubts import masks_misfit, sample, shared, unseen
+from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
 from wsss.data.pixels import Normalise
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
 from wsss.data.transforms import Transform
@@ -193,7 +193,7 @@ def with_features(cfg: DictConfig, method: Any, images: Images, pooled: bool = F
         partial(progress, description="features"),
     )
     print(f"features of {len(names)} images, {made} of them computed now, in {store.folder}")
-    return FeatureImages(images, store, names, pooled)
+    return FeatureImages(images, store, names, pooled, window=round(method.frozen.size / method.frozen.cell))
 
 
 def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Images, list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ FINER = 4
 
 
 class FeatureStore:
-    """Maps (D, h, w) as float16, a file for each image, in a folder for each network and size.
+    """`stages` (D, h, w) and `mean` (K,), float16, a file for each image, in a folder for each network and size.
 
     Files are written whole or not at all, so that it can be interrupted and shared by processes; one that is read is
     marked as used, and the least recently used of all networks go first where room is needed.
@@ -45,26 +46,28 @@ class FeatureStore:
             raise InputError(f"features.folder={self.root} cannot be made: {error.strerror}; give another") from error
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}.npy"
+        return self.folder / f"{name}.npz"
 
-    def read(self, name: str) -> np.ndarray:
-        """
+    def read(self, name: str, array: str) -> np.ndarray:
+        """`stages` or `mean` of an image.
+
         Raises:
             InputError: the file is gone or damaged, which a new run mends.
         """
         path = self.path(name)
         try:
-            features: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with np.load(path, allow_pickle=False) as file:
+                features: np.ndarray = file[array]
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             with suppress(OSError):
                 path.unlink()
-            raise InputError(f"the features in {path} cannot be read any more: repeat the command, they are made anew")\
-                from error
+            advice = "repeat the command, they are made anew"
+            raise InputError(f"the features in {path} cannot be read any more: {advice}") from error
         return features
 
-    def write(self, name: str, features: np.ndarray) -> None:
+    def write(self, name: str, stages: np.ndarray, mean: np.ndarray) -> None:
         with write_whole(self.path(name)) as file:
-            np.save(file, features.astype(np.float16))
+            np.savez(file, stages=stages, mean=mean)
 
     def make_room(self, names: Sequence[str], size: int) -> None:
         """Remove files of other images, the least recently used first, until so many more bytes fit.
@@ -73,7 +76,7 @@ class FeatureStore:
             InputError: they would not fit even alone.
         """
         kept = {self.path(name) for name in names}
-        files = [(path, path.stat()) for path in self.root.glob("*/*.npy")]
+        files = [(path, path.stat()) for path in self.root.glob("*/*.npz")]
         own = sum(status.st_size for path, status in files if path in kept)
         if own + size > self.limit:
             raise InputError(
@@ -102,7 +105,7 @@ def fill(
     images: Images,
     names: Sequence[str],
     normalise: Callable[[np.ndarray], Tensor],
-    compute: Callable[[Tensor], Tensor],
+    compute: Callable[[Tensor], tuple[Tensor, Tensor]],
     num_workers: int,
     progress: Callable[[Any, int], Any],
 ) -> int:
@@ -112,14 +115,14 @@ def fill(
         images: their true masks are not opened.
         names: see `feature_names`.
         normalise: an image uint8 (H, W, 3) -> (3, H, W).
-        compute: a normalised image (1, 3, H, W) -> features (1, D, h, w).
+        compute: a normalised image (1, 3, H, W) -> its stages (1, D, h, w) and final maps (1, K, h, w).
         progress: shows an iterable of so many entries while it passes.
 
     Raises:
         InputError: an image that cannot be used; too little room.
     """
     there = {path.name for path in store.folder.iterdir()}
-    missing = [index for index, name in enumerate(names) if f"{name}.npy" not in there]
+    missing = [index for index, name in enumerate(names) if f"{name}.npz" not in there]
     for name in set(names) - {names[index] for index in missing}:
         with suppress(OSError):
             os.utime(store.path(name))  # used
@@ -128,35 +131,35 @@ def fill(
     ):
         if image is None:
             raise InputError(item)
-        features = compute(image[None])[0].half().cpu().numpy()
+        stages, final = (maps[0].cpu() for maps in compute(image[None]))
+        arrays = stages.half().numpy(), final.mean(dim=(-2, -1)).half().numpy()
         if count == 0:
-            store.make_room(names, features.nbytes * len(missing))
-        store.write(names[missing[count]], features)
+            store.make_room(names, sum(array.nbytes for array in arrays) * len(missing))
+        store.write(names[missing[count]], *arrays)
     return len(missing)
 
 
 class FeatureImages(Images):
     """A data set with the features of its images, for those who learn from these alone.
 
-    Items are the data set's own with `features` float16 (D, h, w). `training_item` is what a batch is made of.
+    Items are the data set's own with `features` float16 (D, h, w), those of the stages. `training_item` is what a batch
+    is made of.
 
     Args:
         source: the images.
         store: with the features of all of them.
         names: see `feature_names`.
-        pooled: train on the mean feature of an image (D,), which is kept in memory.
+        pooled: train on the mean of the final features (K,) of an image, which are kept in memory.
+        window: cells of the longer side of a map.
     """
 
-    def __init__(self, source: Images, store: FeatureStore, names: Sequence[str], pooled: bool) -> None:
-        self.source, self.store, self.names = source, store, names
+    def __init__(self, source: Images, store: FeatureStore, names: Sequence[str], pooled: bool, window: int) -> None:
+        self.source, self.store, self.names, self.window = source, store, names, window
         self.classes, self.images, self.labels = source.classes, source.images, source.labels
         self.has_masks, self.has_background = source.has_masks, source.has_background
         self.means: np.ndarray | None = None
         if pooled:
-            self.means = np.stack([store.read(name).mean(axis=(1, 2), dtype=np.float32) for name in names])
-        else:
-            headers = [np.load(store.path(name), mmap_mode="r").shape for name in names]
-            self.window = max(shape[1] for shape in headers), max(shape[2] for shape in headers)
+            self.means = np.stack([store.read(name, "mean").astype(np.float32) for name in names])
 
     @property
     def ids(self) -> Sequence[str]:
@@ -166,7 +169,7 @@ class FeatureImages(Images):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[index] | {"features": self.store.read(self.names[index])}
+        return self.source[index] | {"features": self.store.read(self.names[index], "stages")}
 
     def label(self, index: int) -> np.ndarray:
         return self.source.label(index)
@@ -183,7 +186,7 @@ class FeatureImages(Images):
         return self.source.fingerprint
 
     def training_item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`features`, pooled (D,), or (D, h, w) of the largest map, 0 around smaller ones; `label`, `id`.
+        """`features`, pooled (K,), or (D, window, window), 0 around smaller ones; `label`, `id`.
 
         With pseudo masks also `pseudo_mask`, `FINER` times finer than the features, 255 around. Maps are mirrored at
         random; their place in the window is drawn too.
@@ -191,15 +194,17 @@ class FeatureImages(Images):
         item = {"label": torch.from_numpy(self.label(index)), "id": self.ids[index]}
         if self.means is not None:
             return item | {"features": torch.from_numpy(self.means[index])}
-        features = self.store.read(self.names[index])
+        features = self.store.read(self.names[index], "stages")
         (height, width), turned = features.shape[1:], bool(rng.integers(2))
-        top, left = (int(rng.integers(free + 1)) for free in (self.window[0] - height, self.window[1] - width))
-        canvas = np.zeros((len(features), *self.window), np.float16)
+        top, left = (int(rng.integers(free + 1)) for free in (self.window - height, self.window - width))
+        canvas = np.zeros((len(features), self.window, self.window), np.float16)
         canvas[:, top : top + height, left : left + width] = features[:, :, ::-1] if turned else features
         item["features"] = torch.from_numpy(canvas)
         if isinstance(self.source, FromFolder):
-            mask = resize_all({PIXELS: self.source[index][PIXELS]}, (FINER * height, FINER * width), Resampling.NEAREST)[PIXELS]
-            around = np.full((FINER * self.window[0], FINER * self.window[1]), UNDECIDED)
+            mask = resize_all(
+                {PIXELS: self.source[index][PIXELS]}, (FINER * height, FINER * width), Resampling.NEAREST
+            )[PIXELS]
+            around = np.full((FINER * self.window, FINER * self.window), UNDECIDED)
             rows, columns = slice(FINER * top, FINER * (top + height)), slice(FINER * left, FINER * (left + width))
             around[rows, columns] = mask[:, ::-1] if turned else mask
             item[PIXELS] = torch.from_numpy(around.astype(np.int64))

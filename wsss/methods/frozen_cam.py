@@ -23,7 +23,7 @@ from wsss.optim import cosine, stepwise
 class FrozenCAM(WSSSModule):
     """A classifier on frozen features; applied to every position it gives the maps.
 
-    It learns from `features` (B, D), the mean features of whole images; nothing of the network below them changes, and
+    It learns from `features` (B, K), the mean features of whole images; nothing of the network below them changes, and
     dropout is the only augmentation. Images are brought to one working size, small ones enlarged, since the maps have
     a cell for every 16 pixels or so.
 
@@ -72,35 +72,45 @@ class FrozenCAM(WSSSModule):
         if propagation is not None and (
             set(propagation) != {"power", "steps"} or propagation["power"] <= 0 or propagation["steps"] < 1
         ):
-            raise InputError(f"propagation is {dict(propagation)}: expected {{power: above 0, steps: 1 or more}} or null")
+            raise InputError(
+                f"propagation is {dict(propagation)}: expected {{power: above 0, steps: 1 or more}} or null"
+            )
         self.frozen = FrozenNetwork(backbone, weights, backbone_args, size)
         self.mean, self.std = self.frozen.normalisation or (self.mean, self.std)
         self.dropout = nn.Dropout(dropout)
         if hidden is None:
-            self.classifier: nn.Module = nn.Conv2d(self.frozen.channels, num_classes, 1)
+            self.classifier: nn.Module = nn.Conv2d(self.frozen.widths[1], num_classes, 1)
         else:
-            layers = nn.Conv2d(self.frozen.channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, num_classes, 1)
+            layers = nn.Conv2d(self.frozen.widths[1], hidden, 1), nn.ReLU(), nn.Conv2d(hidden, num_classes, 1)
             self.classifier = nn.Sequential(*layers)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return ("features",)
 
     def sized(self, image: Tensor) -> Tensor:
         return self.frozen.resize(reduce(image, self.protocol.max_side))
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) at the working size -> logits (B, C); cam (B, C, h, w), not negative; seg None."""
-        return self.classify(self.frozen(image))
+        return self.classify(self.frozen(image).final)
 
     def classify(self, features: Tensor) -> dict[str, Any]:
-        """`forward` of the features (B, D, h, w) of images."""
+        """`forward` of the final features (B, K, h, w) of images."""
         cam = self.classifier(features).relu()
         if self.hparams.propagation is not None:
             cam = propagate(cam, features, **self.hparams.propagation)
-        return {"logits": self.classifier(features.mean(dim=(-2, -1), keepdim=True)).flatten(1), "cam": cam, "seg": None}
+        return {
+            "logits": self.classifier(features.mean(dim=(-2, -1), keepdim=True)).flatten(1),
+            "cam": cam,
+            "seg": None,
+        }
 
     @torch.no_grad()
     def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
         if "features" not in batch or self.cam_scales != (1.0,):
             return self.infer(batch["image"], cams)
-        output = self.classify(batch["features"].float())
+        output = self.classify(self.frozen.finish(batch["features"].float()))
         return output | {"cam": self.multiscale(batch["image"], output["cam"])}
 
     def multiscale(self, image: Tensor, first: Tensor | None = None) -> Tensor:

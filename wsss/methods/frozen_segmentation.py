@@ -67,8 +67,8 @@ class FrozenSegmentation(PixelStage):
         self.frozen = FrozenNetwork(backbone, weights, backbone_args, size)
         self.mean, self.std = self.frozen.normalisation or (self.mean, self.std)
         self.decoder = nn.Sequential(
-            ChannelNorm(self.frozen.channels),
-            nn.Conv2d(self.frozen.channels, channels, 1),
+            ChannelNorm(self.frozen.widths[0]),
+            nn.Conv2d(self.frozen.widths[0], channels, 1),
             nn.ReLU(),
             nn.Dropout2d(dropout),
             nn.Conv2d(channels, channels, 3, padding=1),
@@ -76,7 +76,7 @@ class FrozenSegmentation(PixelStage):
             nn.Dropout2d(dropout),
             nn.Conv2d(channels, 1 + num_classes, 1),
         )
-        self.classifier = nn.Conv2d(self.frozen.channels, num_classes, 1)
+        self.classifier = nn.Conv2d(self.frozen.widths[1], num_classes, 1)
         self.metrics = nn.ModuleDict({"map": ClassificationMAP(), "miou": SegmentationIoU(1 + num_classes)})
 
     def sized(self, image: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class FrozenSegmentation(PixelStage):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) at the working size or a scale of it -> seg (B, 1 + C, h, w), logits (B, C)."""
-        return self.decode(self.frozen(image))
+        return self.decode(self.frozen(image).stages)
 
     def decode(self, features: Tensor) -> dict[str, Tensor]:
-        """`forward` of the features (B, D, h, w) of images."""
-        logits = self.classifier(features.mean(dim=(-2, -1), keepdim=True))
+        """`forward` of the features (B, D, h, w) of the stages of images."""
+        logits = self.classifier(self.frozen.finish(features).mean(dim=(-2, -1), keepdim=True))
         seg = self.decoder(features)
         if self.hparams.gate is not None and not self.training:
             absent = (logits.sigmoid() < self.hparams.gate).expand(-1, -1, *seg.shape[-2:])
@@ -106,7 +106,8 @@ class FrozenSegmentation(PixelStage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         features = batch["features"].float()
         inside = features.abs().amax(dim=1, keepdim=True) > 0  # around a map there is nothing
-        mean = (features * inside).sum(dim=(-2, -1), keepdim=True) / inside.sum(dim=(-2, -1), keepdim=True)
+        final = self.frozen.finish(features) * inside
+        mean = final.sum(dim=(-2, -1), keepdim=True) / inside.sum(dim=(-2, -1), keepdim=True)
         seg, logits = self.decoder(features), self.classifier(mean).flatten(1)
         seg = resize(seg, batch["pseudo_mask"].shape[-2:])
         terms = {

@@ -1,93 +1,102 @@
-"""A frozen network with weights of ImageNet, say, whose features are computed once for each image."""
+"""A network with the weights of ImageNet, say, that never learns: its features are computed once for each image."""
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.networks.cnn import CNN
+from wsss.cam import resize
 from wsss.networks.vit import create_timm
 
 
-class TokenMap(nn.Module):
-    """The patch tokens (B, D, h, w) of the last block of a vision transformer of timm, normalised, at any size."""
+class Maps(NamedTuple):
+    """Features of a batch, of one grid of h x w cells."""
 
-    def __init__(self, backbone: str, weights: str | None, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.vit, self.loaded = create_timm(backbone, weights, {"dynamic_img_size": True} | arguments)
-        settings: Any = self.vit.pretrained_cfg
-        self.normalisation = None if weights is None else (tuple(settings["mean"]), tuple(settings["std"]))
-
-    def forward(self, image: Tensor) -> Tensor:
-        vit: Any = self.vit
-        features: list[Tensor] = vit.forward_intermediates(image, indices=1, norm=True, intermediates_only=True)
-        return features[-1]
-
-
-def is_vit(backbone: str) -> bool:
-    """Whether timm makes a vision transformer of this name."""
-    return timm.is_model(backbone) and "vision_transformer" in timm.model_entrypoint(backbone).__module__
+    stages: Tensor  # (B, D, h, w): a middle stage and the last one, one upon the other
+    final: Tensor  # (B, K, h, w): what the network's own classifier averages
 
 
 class FrozenNetwork(nn.Module):
-    """Last features (B, channels, h, w) of a network of timm that never learns, of images at one working size.
+    """A convolutional network or a vision transformer of timm that never learns.
+
+    The two maps of `stages` are of the last two strides of a convolutional network, with `output_stride=16` both of 16
+    pixels, else the coarser one is enlarged; of a transformer of the blocks at two thirds and at the end. The middle
+    one knows better where things end, which decoders need.
 
     Args:
-        backbone: timm name of a convolutional network or of a vision transformer; or `resnet38`.
-        weights: see `CNN`; None would freeze random ones, which is for tests.
+        backbone: timm name.
+        weights: `efficientnet_lite0`, say, of the extra `pretrained`, a timm tag or a file; None freezes random ones,
+            which is for tests.
         arguments: of timm's constructor, e.g. `output_stride`; None leaves one as it is.
-        size: the longer side of an image, in pixels; the shorter one follows, both rounded to a whole number of cells.
+        size: the longer side of an image in pixels; the shorter one follows, both rounded to whole cells.
 
     Raises:
-        InputError: see `create_timm`; a size below a cell of 32 pixels.
+        InputError: see `create_timm`; a network that does not give its stages; a size below 32 pixels.
     """
 
     def __init__(self, backbone: str, weights: str | None, arguments: Mapping[str, Any] | None, size: int) -> None:
         super().__init__()
         if not isinstance(size, int) or size < 32:
             raise InputError(f"method.size is {size!r}: expected a whole number of at least 32 pixels")
-        given = {name: value for name, value in (arguments or {}).items() if value is not None}
         self.size = size
-        self.body = (TokenMap if is_vit(backbone) else CNN)(backbone, weights, given)
-        self.loaded, self.normalisation = self.body.loaded, self.body.normalisation
+        given = {name: value for name, value in (arguments or {}).items() if value is not None}
+        transformer = timm.is_model(backbone) and "vision_transformer" in timm.model_entrypoint(backbone).__module__
+        given = {"dynamic_img_size": True} | given if transformer else given | {"global_pool": ""}
+        body: Any
+        body, self.loaded = create_timm(backbone, weights, given)
+        if not hasattr(body, "forward_intermediates"):
+            raise InputError(f"backbone {backbone!r} does not give the features of its stages: choose another of timm")
+        self.body = body
+        self.indices = [2 * len(body.blocks) // 3 - 1, len(body.blocks) - 1] if transformer else 2
+        settings = body.pretrained_cfg
+        self.normalisation = None if weights is None else (tuple(settings["mean"]), tuple(settings["std"]))
         self.requires_grad_(False).eval()
-        with torch.no_grad():
-            features = self(torch.zeros(1, 3, 224, 224))
-        self.channels: int = features.shape[1]
-        self.cell: int = 224 // features.shape[-1]
+        probe = torch.zeros(1, 3, 224, 224)
+        self.last_width: int = self.body.num_features if transformer else self.body.feature_info[-1]["num_chs"]
+        maps = self(probe)
+        self.widths = maps.stages.shape[1], maps.final.shape[1]
+        self.cell = 224 // maps.final.shape[-1]
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
-        """Its batch norms never learn either."""
+        """Its batch norms and dropouts do not learn either."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        """image: (B, 3, H, W) normalised, at the working size or another scale of it."""
-        features: Tensor = self.body(image)
-        return features
+    def forward(self, image: Tensor) -> Maps:
+        """image: (B, 3, H, W) normalised, at the working size or a scale of it."""
+        middle, last = self.body.forward_intermediates(
+            image, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        last = last if last.shape == middle.shape else resize(last, middle.shape[-2:])
+        stages = torch.cat([middle, last], dim=1)
+        return Maps(stages, self.finish(stages))
+
+    @torch.no_grad()
+    def finish(self, stages: Tensor) -> Tensor:
+        """`final` from `stages`: only networks like EfficientNet have a layer between the last stage and the mean."""
+        last = stages[:, -self.last_width :]
+        body = self.body
+        final: Tensor = body.bn2(body.conv_head(last)) if isinstance(body, EfficientNet) else last
+        return final
 
     def resize(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) at the working size, with antialiasing."""
-        size = self.work_size(*image.shape[-2:])
-        if size == tuple(image.shape[-2:]):
+        scale = self.size / max(image.shape[-2:])
+        size = [max(1, round(side * scale / self.cell)) * self.cell for side in image.shape[-2:]]
+        if size == list(image.shape[-2:]):
             return image
         return F.interpolate(image, size=size, mode="bilinear", antialias=True)
-
-    def work_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of an image: its longer side is `size`, both are whole cells."""
-        scale = self.size / max(height, width)
-        rows, columns = (max(1, round(side * scale / self.cell)) for side in (height, width))
-        return rows * self.cell, columns * self.cell
 
     @property
     def key(self) -> str:
         """Tells these weights and this size from others."""
-        told = hashlib.sha256(f"{self.size} {self.cell}".encode())
+        told = hashlib.sha256(f"{self.size} {self.cell} {self.widths}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             told.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return told.hexdigest()[:16]

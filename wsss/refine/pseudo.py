@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss import InputError
+from wsss.cam import reduce, resize
 from wsss.refine.crf import dense_crf
 from wsss.refine.instances import Instances
 from wsss.refine.par import PAR, refine_cam
@@ -60,25 +61,45 @@ def par(
 def crf(
     image: Tensor,
     cam: Tensor,
-    alpha: float | Sequence[float] = 4.0,
+    alpha: float | Sequence[float] | None = 4.0,
+    background: Mapping[str, Any] | None = None,
     iterations: int = 10,
     gaussian: Sequence[float] = (3.0, 3.0),
     bilateral: Sequence[float] = (80.0, 13.0, 10.0),
+    max_side: int | None = None,
+    confidence: float = 0.0,
     backend: str = "torch",
 ) -> Refined:
     """The dense CRF of PSA over the background (1 - max)^alpha and the maps; of a pair of alphas what both agree on.
 
     Args:
-        alpha: one, or a low and a high one, see `agreement`.
+        alpha: one, or a low and a high one, see `agreement`; None where `background` gives its score.
+        background: another rule of its score, see `background_scores`.
         iterations, gaussian, bilateral, backend: see `dense_crf`.
+        max_side: a larger image is reduced to it for the CRF, whose scores are enlarged again; None reduces nothing.
+        confidence: pixels whose largest probability is below it are undecided.
     """
-    alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha]
-    if min(alphas, default=0) <= 0 or len(alphas) > 2 or alphas != sorted(set(alphas)):
-        raise InputError(f"refine.alpha is {alpha}: expected a number above 0, or two of them, the low one first")
-    maps = [torch.cat([power_background(cam[None], a), cam])[None] for a in alphas]
-    scores = tuple(dense_crf(image[None], m, iterations, gaussian, bilateral, backend)[0] for m in maps)
+    if (alpha is None) == (background is None):
+        raise InputError(f"refine has alpha={alpha} and background={background}: expected one of them, the other null")
+    if not 0 <= confidence < 1:
+        raise InputError(f"refine.confidence is {confidence}: expected a number from 0 up to 1")
+    if alpha is None:
+        behind = background_scores(cam[None], **(background or {}))
+    else:
+        alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha]
+        if min(alphas, default=0) <= 0 or len(alphas) > 2 or alphas != sorted(set(alphas)):
+            raise InputError(f"refine.alpha is {alpha}: expected a number above 0, or two of them, the low one first")
+        behind = tuple(power_background(cam[None], a) for a in alphas)
+    small = reduce(image[None], max_side)
+    maps = [resize(torch.cat([score, cam])[None], small.shape[-2:]) for score in behind]
+    refined = (dense_crf(small, m, iterations, gaussian, bilateral, backend) for m in maps)
+    scores = tuple(resize(score, image.shape[-2:])[0] for score in refined)
     labels = [score.argmax(dim=0) for score in scores]
-    return Refined(agreement(labels[0], labels[-1]), scores)
+    if confidence > 0:
+        labels = [torch.where(s.amax(0) < confidence, 255, x) for s, x in zip(scores, labels, strict=True)]
+    # of a rule's two thresholds, unlike of two alphas, the low one is the weak background
+    low, high = (labels[0], labels[-1]) if background is None else (labels[-1], labels[0])
+    return Refined(agreement(low, high), scores if background is None else ())
 
 
 def label_crf(
