@@ -186,20 +186,20 @@ class FeatureImages(Images):
         return self.source.fingerprint
 
     def training_item(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`features`, pooled (K,), or (D, window, window), 0 around smaller ones; `label`, `id`.
+        """`mean` (K,), `label`, `id`, and unless pooled `features` (D, window, window), 0 around smaller maps.
 
         With pseudo masks also `pseudo_mask`, `FINER` times finer than the features, 255 around. Maps are mirrored at
         random; their place in the window is drawn too.
         """
         item = {"label": torch.from_numpy(self.label(index)), "id": self.ids[index]}
         if self.means is not None:
-            return item | {"features": torch.from_numpy(self.means[index])}
-        features = self.store.read(self.names[index], "stages")
+            return item | {"mean": torch.from_numpy(self.means[index])}
+        features, mean = (self.store.read(self.names[index], array) for array in ("stages", "mean"))
         (height, width), turned = features.shape[1:], bool(rng.integers(2))
         top, left = (int(rng.integers(free + 1)) for free in (self.window - height, self.window - width))
         canvas = np.zeros((len(features), self.window, self.window), np.float16)
         canvas[:, top : top + height, left : left + width] = features[:, :, ::-1] if turned else features
-        item["features"] = torch.from_numpy(canvas)
+        item |= {"features": torch.from_numpy(canvas), "mean": torch.from_numpy(mean.astype(np.float32))}
         if isinstance(self.source, FromFolder):
             mask = resize_all(
                 {PIXELS: self.source[index][PIXELS]}, (FINER * height, FINER * width), Resampling.NEAREST

@@ -23,7 +23,7 @@ from wsss.optim import cosine, stepwise
 class FrozenCAM(WSSSModule):
     """A classifier on frozen features; applied to every position it gives the maps.
 
-    It learns from `features` (B, K), the mean features of whole images; nothing of the network below them changes, and
+    It learns from `mean` (B, K), the mean features of whole images; nothing of the network below them changes, and
     dropout is the only augmentation. Images are brought to one working size, small ones enlarged, since the maps have
     a cell for every 16 pixels or so.
 
@@ -86,7 +86,7 @@ class FrozenCAM(WSSSModule):
 
     @property
     def views(self) -> tuple[str, ...]:
-        return ("features",)
+        return ("mean",)
 
     def sized(self, image: Tensor) -> Tensor:
         return self.frozen.resize(reduce(image, self.protocol.max_side))
@@ -119,7 +119,7 @@ class FrozenCAM(WSSSModule):
         return super().multiscale(image, first)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        logits = self.classifier(self.dropout(batch["features"])[:, :, None, None]).flatten(1)
+        logits = self.classifier(self.dropout(batch["mean"])[:, :, None, None]).flatten(1)
         return self.combine({"cls": self.losses["cls"](logits, batch["label"])}, self.loss_weights)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -27,7 +27,7 @@ class FrozenSegmentation(PixelStage):
     training short. No figure of it can be had from image labels but the classifier's, so that the last checkpoint is
     the result.
 
-    A training batch holds `features` (B, D, h, w), `pseudo_mask` (B, 4 h, 4 w) and `label` (B, C).
+    A training batch holds `features` (B, D, h, w), `mean` (B, K), `pseudo_mask` (B, 4 h, 4 w) and `label` (B, C).
 
     Args:
         num_classes: C, foreground classes only.
@@ -101,14 +101,11 @@ class FrozenSegmentation(PixelStage):
 
     @property
     def views(self) -> tuple[str, ...]:
-        return ("features", "pseudo_mask")
+        return ("features", "mean", "pseudo_mask")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        features = batch["features"].float()
-        inside = features.abs().amax(dim=1, keepdim=True) > 0  # around a map there is nothing
-        final = self.frozen.finish(features) * inside
-        mean = final.sum(dim=(-2, -1), keepdim=True) / inside.sum(dim=(-2, -1), keepdim=True)
-        seg, logits = self.decoder(features), self.classifier(mean).flatten(1)
+        seg = self.decoder(batch["features"].float())
+        logits = self.classifier(batch["mean"][:, :, None, None]).flatten(1)
         seg = resize(seg, batch["pseudo_mask"].shape[-2:])
         terms = {
             key: loss(logits, batch["label"]) if key == "cls" else loss(seg, batch["pseudo_mask"])
