@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import IRN_OVERRIDES, MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
+from tiny import FROZEN_OVERRIDES, IRN_OVERRIDES, MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
 
 SETTINGS = {
     "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
@@ -31,6 +31,7 @@ SETTINGS = {
     **dict.fromkeys(("cam", "seam", "ppc"), RESNET38_OVERRIDES),
     "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
     "irn": IRN_OVERRIDES,
+    "frozen_cam": FROZEN_OVERRIDES,
 }
 
 

@@ -76,6 +76,19 @@ def test_bit_equal_boundaries(tmp_path: Path) -> None:
     assert state["network.displacement.mean"].abs().sum() > 0
 
 
+def test_bit_equal_features(tmp_path: Path) -> None:
+    """Of a method that trains on features instead of images."""
+    arguments = settings("frozen_cam", steps=6, workers=0)
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    again = [*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto"]
+    for step in (1, 3, 5):
+        interrupted(*again, step=step, method="wsss.methods.frozen_cam.FrozenCAM")
+    assert call("train", *again) == 0
+    agreeing, different = compare(tmp_path / "a", tmp_path / "b")
+    assert different == []
+    assert agreeing > 100
+
+
 @pytest.mark.slow
 def test_killed() -> None:
     script = Path(__file__).parent / "kill.py"

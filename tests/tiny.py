@@ -1,6 +1,7 @@
 """Settings and data small enough to train in seconds, shared by the tests."""
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,15 @@ IRN_OVERRIDES = [
     "method.losses.affinity.radius=2",
     "method.losses.displacement.radius=3",
     "method.least_side=32",
+]
+FROZEN_OVERRIDES = [
+    *(override for override in SHARED if not override.startswith(("transform.", "data.eval"))),
+    "method.backbone=resnet10t",
+    "method.weights=null",
+    "method.backbone_args=null",
+    "method.size=64",
+    "data.eval_batch_size=1",
+    f"features.folder={Path(tempfile.gettempdir()) / 'wsss-test-features'}",
 ]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
