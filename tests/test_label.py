@@ -213,7 +213,7 @@ def test_other_settings_do_not_mix(command: Command, given: list[str], tmp_path:
         (["shards=2", "shard=2"], ["shard is 2"]),
         (["cams=3"], ["cams", "true or false"]),
         (["num_workers=-1"], ["num_workers"]),
-        (["refine=crawl"], ["refine=crawl", "crf, irn_walk, label_crf, none, par"]),
+        (["refine=crawl"], ["refine=crawl", "crf, crf_quick, irn_walk, label_crf, none, par"]),
         (["refine=crf", "refine.alpha=[4,2]"], ["refine.alpha"]),
         (["refine=crf", "refine.gaussian=[1.0]"], ["refine=crf"]),
         (["refine=par", "refine.dilations=[]"], ["refine=par"]),

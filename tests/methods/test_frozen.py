@@ -149,10 +149,10 @@ def test_limit(images: LabelledImages, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("other/*.npz"))) < 3
     with pytest.raises(InputError, match=r"the features of 1 images take .* features.limit_gb=1e-05: set it higher"):
         store.make_room(["a"], 20_000)
-    with pytest.raises(InputError, match="features.limit_gb is 0"):
+    with pytest.raises(InputError, match=r"features.limit_gb is 0"):
         FeatureStore(tmp_path, "key", 0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="features.folder=.* cannot be made"):
+    with pytest.raises(InputError, match=r"features.folder=.* cannot be made"):
         FeatureStore(tmp_path / "file", "key", 1)
 
 
@@ -190,7 +190,7 @@ def test_unchanged_and_gated(frozen: FrozenNetwork) -> None:
     seg = method.eval()(torch.randn(1, 3, 64, 64))["seg"]
     assert (seg[:, 1] == -1e4).all()
     assert (seg[:, [0, 2]] > -1e3).all()
-    with pytest.raises(InputError, match="gate is 0.4, which needs the classifier"):
+    with pytest.raises(InputError, match=r"gate is 0.4, which needs the classifier"):
         FrozenSegmentation(2, **NETWORK, gate=0.4, losses={"ce": {}})
     with pytest.raises(InputError, match="propagation is"):
         FrozenCAM(2, **NETWORK, propagation={"power": 8})
