@@ -100,9 +100,12 @@ class CamIoU(Metric):
         hits, predicted, true = self.counts()
         return (hits / (predicted + true - hits).double())[:, self.targets > 0].mean(1)
 
-    def compute(self) -> Tensor:
+    def at_threshold(self) -> Tensor:
         """Mean IoU at `background_threshold`."""
         return self.curve()[(self.thresholds - self.background_threshold).abs().argmin()]
+
+    def compute(self) -> Tensor:
+        return self.at_threshold()
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The largest mean IoU of the sweep, and its threshold. The masks have chosen it."""
