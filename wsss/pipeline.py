@@ -196,27 +196,23 @@ def run_stages(
     """
     records: dict[str, Any] = {}
     for index, stage in enumerate(stages):
-        done = finished(stage, records)
-        if done is None and stage.command == "eval" and not any(measured(records[need]) for need in stage.needs):
+        done, status = finished(stage, records), "skipped"
+        if done is not None:
+            print(f"stage {stage.name}: finished and unchanged in {stage.folder}, skipped", flush=True)
+        elif stage.command == "eval" and not any(measured(records[need]) for need in stage.needs):
             print(f"stage {stage.name}: there is nothing to evaluate on, left out", flush=True)
-            records[stage.name] = {"status": "left out", "folder": str(stage.folder), "seconds": 0.0, "figures": {}}
-            continue
-        if done is None and index < start:
+            done, status = {"seconds": 0.0, "figures": {}}, "left out"
+        elif index < start:
             raise InputError(
                 f"stage {stage.name} is not finished with these settings and data, and start_from="
                 f"{stages[start].name} would begin behind it: leave start_from out"
             )
-        status = "skipped" if done is not None else "ran"
-        if done is not None:
-            print(f"stage {stage.name}: finished and unchanged in {stage.folder}, skipped", flush=True)
         else:
-            done = run_stage(stage, options, records)
+            done, status = run_stage(stage, options, records), "ran"
         records[stage.name] = {"status": status, "folder": str(stage.folder)} | done
         write_json(out / "pipeline.json", {"out": str(out), "wsss": __version__, "stages": records})
-        if status == "ran":
+        if status == "ran" or stage is stages[-1]:
             show(records)
-    if status != "ran":
-        show(records)
     return records
 
 
