@@ -10,7 +10,7 @@ from torch import Tensor
 from wsss import InputError
 from wsss.methods.stage import Stage
 from wsss.networks.affinity import AffinityNet, pair_affinity
-from wsss.networks.weights import misfit, read_state_dict
+from wsss.networks.weights import start_backbone
 from wsss.optim import sgd_poly
 from wsss.pairs import CELL, fitting_radius, source_size
 from wsss.refine.pseudo import Refined
@@ -29,7 +29,7 @@ class Affinity(Stage):
         backbone: `resnet38`, or the timm name of a convolutional network.
         weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor.
-        init_checkpoint: a checkpoint of method=cam to start the backbone from.
+        init_checkpoint: a checkpoint of a method with this backbone, e.g. cam, to start it from.
         losses: weight and arguments of affinity, whose radius is that of the walk, too.
         lr: learning rate of the backbone's weights; the head learns ten times as fast.
         weight_decay: of weights.
@@ -64,19 +64,7 @@ class Affinity(Stage):
             raise InputError(f"losses.affinity.radius is {self.radius!r}: expected a whole number of at least 2")
         self.network = AffinityNet(backbone, weights, backbone_args)
         if init_checkpoint is not None:
-            self.start_from(init_checkpoint)
-
-    def start_from(self, path: str) -> None:
-        """The backbone's weights from a checkpoint of method=cam.
-
-        Raises:
-            InputError: it cannot be read, or is of another network.
-        """
-        own = self.network.backbone
-        state = {n.removeprefix("backbone."): t for n, t in read_state_dict(path).items() if n.startswith("backbone.")}
-        if said := misfit(own.state_dict(), state):
-            raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
-        own.load_state_dict(state)
+            start_backbone(self.network.backbone, init_checkpoint)
 
     @property
     def views(self) -> tuple[str, ...]:
