@@ -34,9 +34,14 @@ STAGES = [
     "stages.label.num_workers=0",
     "stages.label.refine=none",
     "stages.evaluate.data.num_workers=0",
-    "stages.evaluate.protocol=single_scale",
 ]
-SHAPES = [*(f"dataset.{name}" for name in ("size=32", "train_size=6", "val_size=4", "num_classes=4")), *STAGES]
+# left out on shapes by default
+EVALUATE = "pipeline.stages.evaluate={command: eval, overrides: ['checkpoint={segment.checkpoint}'], needs: [segment]}"
+SHAPES = [
+    EVALUATE,
+    *(f"dataset.{name}" for name in ("size=32", "train_size=6", "val_size=4", "num_classes=4")),
+    *STAGES,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -295,10 +300,10 @@ def test_part_of_it_and_a_failing_stage(command: Command, tmp_path: Path) -> Non
     ("arguments", "words"),
     [
         (["pipeline=cams"], ["pipeline=cams", "known are cam"]),
-        (["stop_after=segmnet"], ["stop_after=segmnet", "cam, label, segment, evaluate"]),
-        (["start_from=0"], ["start_from=0", "cam, label, segment, evaluate"]),
+        (["stop_after=segmnet"], ["stop_after=segmnet", "cam, label, segment"]),
+        (["start_from=0"], ["start_from=0", "cam, label, segment"]),
         (["start_from=segment", "stop_after=cam"], ["stop_after=cam comes before"]),
-        (["stages.crf.alpha=3"], ["stages.crf", "cam, label, segment, evaluate"]),
+        (["stages.crf.alpha=3"], ["stages.crf", "cam, label, segment"]),
         (["stages.segment=3"], ["stages.NAME.KEY=VALUE"]),
         (["stages.segment.trainer.max_step=3"], ["stage segment", "trainer.max_step", "max_steps"]),
         (["stages.label.refine=walks"], ["stage label", "refine=walks", "crf"]),
