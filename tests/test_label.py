@@ -23,6 +23,7 @@ from wsss.data.datamodule import DataModule
 from wsss.data.pixels import Normalise
 from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
+from wsss.evaluation.metrics import CamIoU, SegmentationIoU
 from wsss.outputs.masks import MaskFolder
 from wsss.refine.pseudo import crf
 
@@ -90,7 +91,8 @@ def test_masks_are_those_of_the_method(command: Command, given: list[str], train
         expected = np.array([0, *(shown + 1), *range(len(shown) + 1, 256)])[refined.mask]
         assert (mask(tmp_path / "b/masks" / f"{name}.png") == expected).mean() > 0.99
         assert (tmp_path / "b/overlays" / f"{name}.jpg").is_file()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["manifest.json", "masks", "settings.json"]
+    left = ["counts", "manifest.json", "masks", "metrics.json", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == left
 
 
 def test_a_stage_trains_on_the_masks(command: Command, given: list[str], tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_bad_values(command: Command, given: list[str], tmp_path: Path, argument
 def test_images_of_many_sizes_and_one_without_labels(
     command: Command, on_voc: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Masks of the data set are not opened, not even those of val."""
+    """Damaged masks of the data set, which are opened only to measure, keep none from being made."""
     root, checkpoint = on_voc
     ids = (root / "ImageSets/Segmentation/val.txt").read_text().split()
     changed = make_voc(tmp_path / "voc")
@@ -245,6 +247,8 @@ def test_images_of_many_sizes_and_one_without_labels(
         ended = command("label", *arguments, f"out={tmp_path / out}", *more)
         assert ended.code == 0, ended.err
         assert "1 images without a class" in ended.out
+        assert "the masks are not measured" in ended.out
+        assert json.loads((tmp_path / out / "metrics.json").read_text()) == {"masks": 2}
         masks = {name: mask(tmp_path / out / "masks" / f"{name}.png") for name in ids}
         for name in ids:
             assert masks[name].shape[::-1] == Image.open(changed / "JPEGImages" / f"{name}.jpg").size
@@ -254,6 +258,63 @@ def test_images_of_many_sizes_and_one_without_labels(
     assert scores["ids"].shape == (0,)
     assert (scores["low"] == 1).all()
     assert scores["high"].shape == (1, *masks[ids[0]].shape)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_figures_of_cams_and_masks(command: Command, given: list[str], tmp_path: Path, split: str) -> None:
+    """Those of the metrics that evaluations use, of training images too; interrupted or not."""
+    out = tmp_path / "out"
+    arguments = [*given, f"split={split}", f"out={out}", "cams=true", "method.background_threshold=0.3"]
+    assert command("label", *arguments).code == 0
+    figures = json.loads((out / "metrics.json").read_text())
+    images = Shapes(split, **SHAPES)
+    cams, masks = CamIoU(4, 0.3), SegmentationIoU(5)
+    for index, name in enumerate(images.ids):
+        arrays, truth = np.load(out / "cams" / f"{name}.npz"), torch.from_numpy(images.mask(index)).long()
+        cam = torch.zeros(1, 4, 32, 32)
+        cam[0, arrays["ids"] - 1] = torch.from_numpy(arrays["cam"].astype(np.float32))
+        cams.update(cam, torch.from_numpy(images[index]["label"])[None], truth[None])
+        masks.update(torch.from_numpy(mask(out / "masks" / f"{name}.png")), truth)
+    best, threshold = cams.best()
+    assert figures[f"{split}/mask_miou"] == pytest.approx(masks.compute().item())
+    assert figures[f"{split}/cam_miou"] == pytest.approx(cams.compute().item(), abs=1e-3)  # the file is of 16 bits
+    assert figures[f"{split}/cam_best_miou"] == pytest.approx(best.item(), abs=1e-3)
+    assert figures[f"{split}/cam_best_threshold"] == pytest.approx(threshold.item(), abs=0.011)
+    assert figures[f"{split}/iou/background"] == pytest.approx(masks.iou()[0].item())
+    assert "true image labels, no CRF, threshold 0.3" in figures[f"protocol/{split}/cam_miou"]
+    assert "chosen with these masks" in figures[f"protocol/{split}/cam_best_miou"]
+    assert "refine=none (background.rule constant" in figures[f"protocol/{split}/mask_miou"]
+    before = content(out)
+    for path in ("metrics.json", f"masks/{images.ids[1]}.png"):
+        (out / path).unlink()
+    assert command("label", *arguments).code == 0
+    assert content(out) == before
+    (out / "counts" / f"{images.ids[2]}.npz").write_bytes(b"PK")
+    refused(command("label", *arguments), f"{images.ids[2]}.npz is damaged", "the mask of this name")
+
+
+def test_true_masks_change_no_mask(command: Command, on_voc: tuple[Path, Path], tmp_path: Path) -> None:
+    """With all, with some, and with none of them."""
+    _, checkpoint = on_voc
+    left: list[dict[str, bytes]] = []
+    for number, count in enumerate((2, 1, 0)):
+        root = make_voc(tmp_path / "voc")
+        names = (root / "ImageSets/Segmentation/train_aug.txt").read_text().split()
+        for name in names[count:]:
+            (root / "SegmentationClassAug" / f"{name}.png").unlink()
+        out = tmp_path / str(number)
+        ended = command("label", f"checkpoint={checkpoint}", "num_workers=0", f"dataset.root={root}", f"out={out}")
+        assert ended.code == 0, ended.err
+        figures = json.loads((out / "metrics.json").read_text())
+        if count:
+            assert f"train, {count} images" in figures["protocol/train/cam_miou"]
+            assert f"train, {count} images" in figures["protocol/train/mask_miou"]
+        else:
+            assert figures == {"masks": 2}
+            assert "nothing is measured" in ended.out
+        left.append({k: v for k, v in content(out).items() if not k.startswith(("counts/", "metrics.json"))})
+        (tmp_path / "voc").rename(tmp_path / f"voc{number}")
+    assert left[0] == left[1] == left[2]
 
 
 def test_an_image_that_cannot_be_used(
@@ -266,7 +327,8 @@ def test_an_image_that_cannot_be_used(
     arguments = [f"checkpoint={checkpoint}", "num_workers=0", f"dataset.root={root}"]
     ended = command("label", *arguments, f"out={tmp_path / 'out'}")
     refused(ended, f"{names[0]}.jpg", "1 images", "no manifest")
-    assert sorted(content(tmp_path / "out")) == [f"masks/{names[1]}.png", "settings.json"]
+    left = [f"counts/{names[1]}.npz", f"masks/{names[1]}.png", "settings.json"]
+    assert sorted(content(tmp_path / "out")) == left
     assert command("label", *arguments, f"out={tmp_path / 'skip'}", "on_bad_image=skip").code == 0
     assert list(json.loads((tmp_path / "skip/manifest.json").read_text())["masks"]) == [names[1]]
     assert names[0] in (tmp_path / "skip/skipped.txt").read_text()

@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from wsss import InputError, RunError, printable
 from wsss.config import PATH_KEYS, composing, config_dir, given_directories, given_values, quote
 
-OPTIONAL_GROUPS = ("transform", "recipe")
+OPTIONAL_GROUPS = ("transform", "recipe", "pipeline/recipe")
 """Groups whose option is named after others and need not exist."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

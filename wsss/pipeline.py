@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss import InputError, RunError, __version__
-from wsss.runs import read_json
+from wsss.runs import NO_MATTER, read_json
 from wsss.writing import write_json
 
 MODULES = {"train": "train", "label": "label", "eval": "evaluate"}
@@ -30,17 +30,17 @@ OUTPUTS = {
 }
 """What later stages may name, by command, and where it lies in the folder of a stage."""
 
+RESULT = {"train": "checkpoints/last.ckpt", "label": "manifest.json", "eval": "metrics.json"}
+"""By command the file that tells a stage's result from others; a manifest lists the sha256 of all masks."""
+
 REFERENCE = re.compile(r"\{(\w+)\.(\w+)\}")
 """`{stage.output}` in an override."""
 
-NO_MATTER = re.compile(
-    r"hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|strategy|"
-    r"enable_progress_bar)"
-)
-"""Settings that a stage's result does not depend on: where and how it is made."""
+CONTENT = {".csv", ".json", ".npy", ".txt"}
+"""Suffixes of files of labels, which are hashed. All other files are known by name, size and time."""
 
-CONTENT, LISTED = {".csv", ".json", ".npy", ".txt"}, {".xml"}
-"""Suffixes of files of labels: hashed, and known by size and time. All other files are counted."""
+OURS = ".labels.txt"
+"""Ending of what `wsss.data.coco` keeps beside the labels."""
 
 PATIENCE = 20.0
 """Seconds that a stage has to end itself before it is killed."""
@@ -88,13 +88,13 @@ def place(stages: Sequence[Stage], out: Path, data: Mapping[str, Any]) -> None:
 
 
 def data_fingerprint(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """What a change of the data changes: the values of the data set, labels and lists, number and size of all files.
+    """What a change of the data changes: values of the data set, labels and lists, name, size and time of all files.
 
     Args:
         values: of the data set, whose paths are absolute or names in `root`.
         out: a folder that is left out, even where it lies among the data.
     """
-    digest, count, size = hashlib.sha256(), 0, 0
+    digests, count = {"labels": hashlib.sha256(), "files": hashlib.sha256()}, 0
     seen: set[Path] = set()
     root = values.get("root")
     places = {os.path.join(root, value) for value in values.values() if isinstance(value, str)} if root else set()
@@ -105,34 +105,64 @@ def data_fingerprint(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
             folders[:] = [name for name, path in inner.items() if path != out and path not in seen]
             seen |= {*inner.values()}
             for path in (Path(folder, name) for name in sorted(names)):
-                if path in seen or not path.is_file():
+                if path in seen or not path.is_file() or path.name.endswith(OURS):
                     continue
                 seen.add(path)
-                status = path.stat()
+                name, status = os.fsencode(os.path.relpath(path, root)), path.stat()
                 if path.suffix.lower() in CONTENT:
-                    with path.open("rb") as file:
-                        digest.update(os.fsencode(path) + hashlib.file_digest(file, "sha256").digest())
-                elif path.suffix.lower() in LISTED:
-                    digest.update(os.fsencode(path) + f"{status.st_size} {status.st_mtime_ns}".encode())
+                    digests["labels"].update(name + sha256(path).encode())
                 else:
-                    count, size = count + 1, size + status.st_size
-    return {"values": dict(values), "labels": digest.hexdigest(), "files": count, "bytes": size}
+                    count += 1
+                    digests["files"].update(name + f" {status.st_size} {status.st_mtime_ns} ".encode())
+    return {"values": dict(values), "count": count} | {key: digest.hexdigest() for key, digest in digests.items()}
 
 
-def finished(stage: Stage) -> dict[str, Any] | None:
-    """What a finished stage has left in done.json; None where it, or what it tells of, is not as it was."""
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished(stage: Stage, records: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a finished stage has left in done.json; None where it has to run.
+
+    Args:
+        stage: a placed one.
+        records: of the stages before it.
+
+    Raises:
+        InputError: its result, or what it was made of, has been changed since.
+    """
     done = read_json(stage.folder / "done.json")
     if done is None or not is_complete(stage):
         return None
-    known = done.get("stage") == stage.folder.name and isinstance(done.get("seconds"), int | float)
-    return done if known and isinstance(done.get("figures"), dict) else None
+    expected = {"stage": str, "sha256": str, "seconds": int | float, "figures": dict, "inputs": dict, "tries": list}
+    if any(not isinstance(done.get(key), kind) for key, kind in expected.items()) or done["stage"] != stage.folder.name:
+        return None
+    result = stage.folder / RESULT[stage.command]
+    if done["sha256"] != sha256(result):
+        raise InputError(
+            f"{result} is not what stage {stage.name} left there: put it back, or remove {stage.folder}, then repeat"
+        )
+    for need, consumed in done["inputs"].items():
+        if consumed != consumed_from(records[need]):
+            raise InputError(
+                f"stage {stage.name} was made of another {consumed['file']} than that of stage {need}: remove "
+                f"{stage.folder}, then repeat"
+            )
+    return done
+
+
+def consumed_from(record: Mapping[str, Any]) -> dict[str, str]:
+    """What tells the result of a stage from others."""
+    return {"folder": record["stage"], "file": record["file"], "sha256": record["sha256"]}
 
 
 def is_complete(stage: Stage) -> bool:
     """Whether what a stage makes is there: checkpoint, figures, or every mask as the manifest lists it."""
+    if not (stage.folder / RESULT[stage.command]).is_file():
+        return False
     if stage.command != "label":
-        made = stage.folder / OUTPUTS[stage.command].get("checkpoint", "metrics.json")
-        return made.is_file()
+        return True
     try:
         listed = json.loads((stage.folder / "manifest.json").read_bytes())["masks"]
         for name, entry in listed.items():
@@ -142,13 +172,6 @@ def is_complete(stage: Stage) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
-
-
-def figures_of(stage: Stage) -> dict[str, Any]:
-    """What a stage has measured, each figure with its protocol, or the number of its masks."""
-    if stage.command == "label":
-        return {"masks": len((read_json(stage.folder / "manifest.json") or {}).get("masks", {}))}
-    return read_json(stage.folder / "metrics.json") or {}
 
 
 def run_stages(
@@ -173,17 +196,19 @@ def run_stages(
     """
     records: dict[str, Any] = {}
     for index, stage in enumerate(stages):
-        done = finished(stage)
-        if done is None and index < start:
+        done, status = finished(stage, records), "skipped"
+        if done is not None:
+            print(f"stage {stage.name}: finished and unchanged in {stage.folder}, skipped", flush=True)
+        elif stage.command == "eval" and not any(measured(records[need]) for need in stage.needs):
+            print(f"stage {stage.name}: there is nothing to evaluate on, left out", flush=True)
+            done, status = {"seconds": 0.0, "figures": {}}, "left out"
+        elif index < start:
             raise InputError(
                 f"stage {stage.name} is not finished with these settings and data, and start_from="
                 f"{stages[start].name} would begin behind it: leave start_from out"
             )
-        status = "skipped" if done is not None else "ran"
-        if done is not None:
-            print(f"stage {stage.name}: finished and unchanged in {stage.folder}, skipped", flush=True)
         else:
-            done = run_stage(stage, options)
+            done, status = run_stage(stage, options, records), "ran"
         records[stage.name] = {"status": status, "folder": str(stage.folder)} | done
         write_json(out / "pipeline.json", {"out": str(out), "wsss": __version__, "stages": records})
         if status == "ran" or stage is stages[-1]:
@@ -191,7 +216,12 @@ def run_stages(
     return records
 
 
-def run_stage(stage: Stage, options: Sequence[str]) -> dict[str, Any]:
+def measured(record: Mapping[str, Any]) -> bool:
+    """Whether a training has had images to evaluate on."""
+    return any(key.startswith("val/") for key in record["figures"])
+
+
+def run_stage(stage: Stage, options: Sequence[str], records: Mapping[str, Any]) -> dict[str, Any]:
     """Run a stage in a process group of its own, and leave done.json, which is returned.
 
     Raises:
@@ -201,14 +231,15 @@ def run_stage(stage: Stage, options: Sequence[str]) -> dict[str, Any]:
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
     end_leftover(stage.folder)
+    tries = earlier_tries(stage.folder)
+    write_json(stage.folder / "running.json", {"tries": tries})
     (stage.folder / "done.json").unlink(missing_ok=True)
     where = [f"out={stage.folder}"]
     if stage.command != "label":
         where = [f"hydra.run.dir={stage.folder}", *(["resume=auto"] if stage.command == "train" else [])]
     arguments = [*options, *stage.overrides, *where]
     print(f"stage {stage.name}: wsss-{stage.command} {shlex.join(arguments)}", flush=True)
-    began = time.time()
-    code = run_process(stage, arguments)
+    code = run_process(stage, arguments, tries)
     if code != 0:
         raise failure(stage, code)
     if not is_complete(stage):
@@ -218,10 +249,14 @@ def run_stage(stage: Stage, options: Sequence[str]) -> dict[str, Any]:
     done = {
         "stage": stage.folder.name,
         "command": f"wsss-{stage.command} {shlex.join(arguments)}",
-        "inputs": stage.inputs,
+        "inputs": {need: consumed_from(records[need]) for need in stage.needs},
         "settings": stage.settings,
-        "seconds": round(time.time() - began, 1),
-        "figures": figures_of(stage),
+        "file": RESULT[stage.command],
+        "sha256": sha256(stage.folder / RESULT[stage.command]),
+        "seconds": round(sum(one["seconds"] for one in tries), 1),
+        "peak_memory_mb": max(one.get("peak_memory_mb", 0.0) for one in tries),
+        "tries": tries,
+        "figures": read_json(stage.folder / "metrics.json") or {},
         "versions": {"wsss": __version__, "python": platform.python_version()},
     }
     write_json(stage.folder / "done.json", done)
@@ -229,23 +264,65 @@ def run_stage(stage: Stage, options: Sequence[str]) -> dict[str, Any]:
     return done
 
 
-def run_process(stage: Stage, arguments: Sequence[str]) -> int:
-    """The exit code of a stage's command, which is ended when this process is; running.json tells of it meanwhile."""
-    start = f"from wsss.commands.{MODULES[stage.command]} import main; main()"
+def earlier_tries(folder: Path) -> list[dict[str, Any]]:
+    """What is known of the tries of a stage before: the seconds of each, how it ended, and its memory.
+
+    Of one whose end nobody has seen it is known that it lasted until the last of its files was written.
+    """
+    left = next((r for name in ("running.json", "done.json") if (r := read_json(folder / name)) is not None), {})
+    tries = left.get("tries")
+    known = isinstance(tries, list) and all(isinstance(o, dict) and isinstance(o.get("seconds"), float) for o in tries)
+    tries = list(tries) if tries and known else []
+    if isinstance(began := left.get("started"), float):
+        last = max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=began)
+        tries.append({"seconds": round(max(last - began, 0.0), 1), "ended": "killed together with wsss-run"})
+    return tries
+
+
+def run_process(stage: Stage, arguments: Sequence[str], tries: list[dict[str, Any]]) -> int:
+    """The exit code of a stage's command, which is ended when this process is; running.json tells of it meanwhile.
+
+    The command waits until it stands there, and ends if this process does before: whoever finds the folder finds it.
+    What the try has taken is added to `tries`, of its memory that of its largest process.
+    """
+    start = (
+        f"import os, sys; os.read(0, 1) or sys.exit(1); from wsss.commands.{MODULES[stage.command]} import main; main()"
+    )
+    record, began = stage.folder / "running.json", time.time()
     with (stage.folder / "errors.txt").open("wb") as errors, terminable():
+        go_on, told = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-c", start, *arguments], stdin=subprocess.DEVNULL, stderr=errors, process_group=0
+            [sys.executable, "-c", start, *arguments], stdin=go_on, stderr=errors, process_group=0
         )
+        os.close(go_on)
+        code = None
         try:
-            write_json(stage.folder / "running.json", {"pid": process.pid, "started": time.time()})
-            return process.wait()
+            write_json(record, {"pid": process.pid, "started": began, "tries": tries})
+            with suppress(BrokenPipeError):  # it has ended already
+                os.write(told, b"1")
+            code, peak = wait_for(process)
         except (KeyboardInterrupt, SystemExit) as error:
             said = "terminated" if isinstance(error, SystemExit) else "interrupted"
             raise SystemExit(f"{said} in stage {stage.name}: the same command goes on with it") from error
         finally:
-            if process.returncode is None:
+            os.close(told)
+            if code is None:
                 end(process.pid, stage.folder)
-                process.wait()
+                code, peak = wait_for(process)
+            tries.append({"seconds": round(time.time() - began, 1), "peak_memory_mb": peak, "ended": ending(code)})
+            write_json(record, {"tries": tries})
+    return code
+
+
+def wait_for(process: "subprocess.Popen[bytes]") -> tuple[int, float]:
+    """Exit code of a child, or minus the signal that ended it, and MiB that its largest process held at most."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, round(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def ending(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
 @contextmanager
@@ -295,8 +372,7 @@ def failure(stage: Stage, code: int) -> Exception:
     last = lines[-1] if lines else "it said nothing"
     if not last.startswith("wsss-"):
         print("\n".join(lines[-20:]), file=sys.stderr)
-    how = f"exit code {code}" if code > 0 else f"signal {-code}"
-    sentence = f"stage {stage.name} failed ({how}): {last} (what is finished stays, the same command goes on)"
+    sentence = f"stage {stage.name} failed ({ending(code)}): {last} (what is finished stays, the same command goes on)"
     return (InputError if code == 2 else RunError)(sentence)
 
 

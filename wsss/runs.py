@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 import textwrap
 import zipfile
@@ -19,6 +20,12 @@ from yaml import YAMLError
 from wsss import InputError, RunError, __version__
 from wsss.config import flatten
 from wsss.writing import write_json, write_whole
+
+NO_MATTER = re.compile(
+    r"hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|strategy|"
+    r"enable_progress_bar)"
+)
+"""Settings that the result of a command does not depend on: where and how it is made."""
 
 
 def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
@@ -76,7 +83,9 @@ def newest_unfinished(cfg: DictConfig, folder: Path) -> Path | None:
 
 
 def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
-    """Keys whose values differ from those of the run in this directory; `resume` aside.
+    """Keys whose values differ from those of the run in this directory, but for those that do not matter.
+
+    Devices matter where `global_batch_size` does not say what an optimizer step takes.
 
     Raises:
         InputError: its config.yaml cannot be read.
@@ -94,7 +103,9 @@ def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
     ours, theirs = flatten(OmegaConf.to_container(cfg, resolve=True)), flatten(stored)
     if (read_json(run / "run.json") or {}).get("wsss") != __version__:  # which perhaps did not know all keys
         ours = {key: value for key, value in ours.items() if key in theirs}
-    return [key for key in ours | theirs if key != "resume" and ours.get(key, ...) != theirs.get(key, ...)]
+    different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
+    fixed = () if ours.get("global_batch_size") else ("trainer.devices",)
+    return [key for key in different if key in fixed or not NO_MATTER.fullmatch(key)]
 
 
 def finished_figures(run: Path) -> dict[str, Any] | None:

@@ -14,6 +14,9 @@ import wsss
 from wsss import InputError
 from wsss.data.shapes import Shapes
 from wsss.evaluation.protocol import Protocol
+from wsss.methods.cam import CAM
+from wsss.methods.rcm_mam import RCMMAM
+from wsss.methods.seam import SEAM
 from wsss.methods.segmentation import Segmentation
 from wsss.networks.segmenters import load_encoder
 
@@ -59,6 +62,22 @@ def test_shapes_views_and_figures() -> None:
     assert "0.5, 1 (max of probabilities)" in stage.describe("val")["val/miou"]
     shown = stage.illustrate({"image": torch.zeros(1, 3, 8, 9)})["examples"]
     assert {name: tuple(picture.shape) for name, picture in shown.items()} == {"image": (8, 9, 3), "prediction": (8, 9)}
+
+
+@pytest.mark.parametrize("kind", [CAM, RCMMAM, SEAM])
+def test_starting_from_an_earlier_stage(kind: type, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    slim = {"width": 4, "frozen_stages": 0, "batch_norm_momentum": 0.1}
+    first = kind(3, backbone_args=slim)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    decoder = {"channels": 8, "dilation": 2}
+    stage = Segmentation(3, backbone_args=slim, decoder_args=decoder, init_checkpoint=str(tmp_path / "first.ckpt"))
+    own = (first.main if kind is RCMMAM else first).backbone.state_dict()
+    started = stage.network.encoder.body.state_dict()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, started[name.removeprefix("body.")]), name
+    with pytest.raises(InputError, match=r"first.ckpt does not fit this network \(backbone\.\*\): it has other shapes"):
+        Segmentation(3, backbone_args=slim | {"width": 2}, init_checkpoint=str(tmp_path / "first.ckpt"))
 
 
 def test_head_learns_faster_and_what_is_frozen_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def label(cfg: DictConfig) -> int:
         else:
             table = folder.finish(ids, np.stack([images.label(index) for index in range(len(ids))]))
             print_classes(str(folder.out), images.classes, **table._asdict())
+            measure(images, folder, method, cfg.split)
     return len(pending)
 
 
@@ -237,6 +238,7 @@ def make(
 
     from wsss.data.base import open_items
     from wsss.data.pixels import Normalise
+    from wsss.evaluation.pseudo import count_cam
     from wsss.report.tables import progress
 
     if torch.cuda.is_available():
@@ -261,6 +263,12 @@ def make(
             height, width = photo.shape[1:]
             failed.append(f"{name}: there is not enough memory for its {width}x{height} pixels")
         else:
+            try:
+                truth = images.truth(index, mask)
+            except InputError:  # `measure` tells of it: masks are made all the same
+                truth = None
+            if truth is not None:
+                folder.write_counts(name, count_cam(cams, truth, method.background_threshold))
             folder.write(name, mask, item["image"], cams, scores, instances)
     return failed
 
@@ -297,6 +305,51 @@ def make_one(
     numbers, owners, certainties = refined.instances or (refined.mask * 0, [], [])
     instances = resize_ids(numbers, size).cpu().numpy().astype(np.uint16)
     return mask, maps, scores, InstanceMap(instances, [int(ids[k + 1]) for k in owners], certainties)
+
+
+def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split: str) -> None:
+    """metrics.json and a table: how good the CAMs and the complete masks are, where the data set has true masks."""
+    import torch
+
+    from wsss.evaluation.metrics import SegmentationIoU
+    from wsss.evaluation.pseudo import cam_figures
+    from wsss.report.tables import print_figures, progress
+    from wsss.writing import write_json
+
+    figures: dict[str, Any] = {"masks": len(images)}
+    notes: dict[str, str] = {}
+    metric, measured = SegmentationIoU(1 + len(images.classes)), []
+    try:
+        for index, name in enumerate(progress(images.ids, len(images), "measuring")):
+            mask = folder.mask(name)
+            if (truth := images.truth(index, mask)) is not None:
+                metric.update(torch.from_numpy(mask), torch.from_numpy(truth))
+                measured.append(name)
+    except InputError as error:
+        print(f"the masks are not measured: {error}")
+        measured = []
+    if measured:
+        refinement = {k.partition(".")[2]: v for k, v in folder.origin["settings"].items() if k.startswith("refine.")}
+        said = ", ".join(f"{key} {value}" for key, value in refinement.items() if value is not None)
+        where = f"{split}, {len(measured)} images"
+        figures[f"{split}/mask_miou"] = metric.compute().item()
+        notes[f"{split}/mask_miou"] = (
+            f"{where}, true image labels, refine={folder.origin['settings']['refine']} ({said}), undecided pixels are "
+            "misses"
+        )
+        of_classes = zip(("background", *images.classes), metric.iou().tolist(), strict=True)
+        figures |= {f"{split}/iou/{name}": value for name, value in of_classes}
+        if counted := folder.counted(measured):
+            where = f"{split}, {len(counted)} images"
+            of_cams = cam_figures(folder.counts(counted), len(images.classes), method.background_threshold)
+            figures |= {f"{split}/{name}": value for name, value in of_cams.items()}
+            said_of_cams = method.protocol.describe(where, method.cam_scales, method.background_threshold)
+            notes |= {f"{split}/{name}": said_of_cams[name] for name in ("cam_miou", "cam_best_miou")}
+        shown = {key: value for key, value in figures.items() if not key.startswith(f"{split}/iou/")}
+        print_figures(shown, notes, f"{folder.out}, compared with true masks that nothing has learnt from")
+    else:
+        print("there are no true masks of these images: nothing is measured")
+    write_json(folder.out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
 
 
 def prepare(arguments: list[str]) -> list[str]:

@@ -61,6 +61,8 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
     """
     chosen = HydraConfig.get().runtime.choices["pipeline"]
     described = plain_values(cfg.pipeline, "pipeline").get("stages")
+    if isinstance(described, dict):
+        described = {name: stage for name, stage in described.items() if stage is not None}  # a recipe leaves one out
     if not isinstance(described, dict) or not all(isinstance(stage, dict) for stage in described.values()):
         raise InputError(
             f"pipeline={chosen} lists no stages: expected NAME with command, overrides and needs in stages"
@@ -96,14 +98,16 @@ def resolve(cfg: DictConfig, described: Mapping[str, Any], dataset: Sequence[str
     methods: dict[str, str] = {}
     for name, stage in described.items():
         own, needs = list(cfg.stages.get(name) or []), stage.get("needs", [])
-        overrides = [f"dataset={choice}", *dataset, *stage.get("overrides", []), *own]
+        chosen = {o.partition("=")[0] for o in own}  # with another option of a group go the old one's values
+        given = [o for o in stage.get("overrides", []) if not {re.split("[.=]", o)[0]} & chosen]
+        overrides = [f"dataset={choice}", *dataset, *given, *own]
         if stage["command"] != "label":
             overrides.insert(0, f"seed={cfg.seed}")
-        for found in [found for override in overrides for found in REFERENCE.finditer(override)]:
+        for found in (found for override in overrides for found in REFERENCE.finditer(override)):
             if found[1] not in needs or found[2] not in OUTPUTS[described[found[1]]["command"]]:
                 raise InputError(f"{found[0]} of stage {name} names nothing that a stage in its needs leaves")
-            if found[2] == "checkpoint" and stage["command"] != "train":  # whose method it is then
-                overrides.insert(0, f"method={methods[found[1]]}")
+        loaded = (re.fullmatch(rf"checkpoint={REFERENCE.pattern}", override) for override in overrides)
+        overrides[:0] = [f"method={methods[found[1]]}" for found in loaded if found]
         try:
             with composing(extra_directories()) as search_path:
                 arguments = [*order_arguments(overrides), *search_path]

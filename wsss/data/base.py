@@ -69,6 +69,16 @@ class Images(Dataset[dict[str, Any]], ABC):
         """The same items as in training, whatever the split; masks in files are not opened."""
         return _Unmasked(self, range(len(self)))
 
+    def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        """The true mask of an item, uint8 (H, W), in training too, to measure what was made; None where there is none.
+
+        Items of a training set hold none, and nothing may learn from this one. `image` (H, W, ...) is that of the item.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        return self[index].get("mask")
+
     @property
     def has_labels(self) -> bool:
         """Whether any image shows a class, as far as that is known without opening them."""
@@ -119,10 +129,21 @@ class LabelledImages(Images):
         self.classes, self._ids = tuple(classes), list(ids)
         self.images, self.labels, self.masks = list(images), labels, masks
         self.has_masks = masks is not None
+        self._truths: Mapping[str, Path] | None = None if masks is None else dict(zip(ids, masks, strict=True))
 
     @property
     def ids(self) -> list[str]:
         return self._ids
+
+    def true_masks(self) -> Mapping[str, Path]:
+        """The files of true masks that there are, by id, where the items have none."""
+        return {}
+
+    def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        if self._truths is None:
+            self._truths = self.true_masks()
+        path = self._truths.get(self.ids[index])
+        return None if path is None else read_truth(path, image, len(self.classes))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -195,6 +216,10 @@ class ImageSubset(Images):
     def label(self, index: int) -> np.ndarray:
         source, place = self.source, self.indices[index]
         return source.label(place) if isinstance(source, Images) else source[place]["label"]
+
+    def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        source, place = self.source, self.indices[index]
+        return source.truth(place, image) if isinstance(source, Images) else source[place].get("mask")
 
     def without_masks(self) -> Images:
         source = self.source

@@ -72,11 +72,12 @@ class COCO(LabelledImages):
     ) -> None:
         check_split(split)
         self.root, self.folder = Path(root).expanduser(), f"{split}2014"
+        self.mask_folder = find_given(self.root, masks or "masks")
         ids, rows = self._listed(train if split == "train" else val, labels)
         images = self._files(ids, self.root, IMAGE_SUFFIXES, "image")
         truth: list[Path] | None = None
         if split != "train":
-            truth = self._files(ids, find_given(self.root, masks or "masks"), (".png",), "mask")
+            truth = self._files(ids, self.mask_folder, (".png",), "mask")
         super().__init__(COCO_CLASSES, ids, images, rows, truth)
 
     def _folder(self, image_id: str) -> str:
@@ -104,12 +105,21 @@ class COCO(LabelledImages):
             raise InputError(f"{sources[0]} has no image of {self.folder}: name other labels, or give a list.")
         return ids, np.stack(pick(ids, found, f"label in {' or '.join(map(str, sources))}"))
 
-    def _files(self, ids: Sequence[str], parent: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
-        """The file of every id, from one listing of each folder."""
-        found: dict[str, Path] = {}
+    def true_masks(self) -> dict[str, Path]:
+        folders = filter(Path.is_dir, self._folders(self.ids, self.mask_folder, "mask").values())
+        return {i: path for folder in folders for i, path in files_by_stem(folder, (".png",), LAYOUT).items()}
+
+    def _folders(self, ids: Sequence[str], parent: Path, what: str) -> dict[str, Path]:
+        """Where the images of these ids have their files."""
         folders = {name: parent / name for name in sorted(set(map(self._folder, ids)))}
         if what == "mask":
             folders = {name: path if path.is_dir() else parent for name, path in folders.items()}
+        return folders
+
+    def _files(self, ids: Sequence[str], parent: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+        """The file of every id, from one listing of each folder."""
+        found: dict[str, Path] = {}
+        folders = self._folders(ids, parent, what)
         for folder in dict.fromkeys(folders.values()):
             found |= files_by_stem(folder, suffixes, LAYOUT)
         return pick(ids, found, f"{what} in {' or '.join(map(str, dict.fromkeys(folders.values())))}")

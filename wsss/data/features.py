@@ -174,6 +174,9 @@ class FeatureImages(Images):
     def label(self, index: int) -> np.ndarray:
         return self.source.label(index)
 
+    def truth(self, index: int, like: np.ndarray) -> np.ndarray | None:
+        return self.source.truth(index, like)
+
     def too_small(self, side: int) -> dict[int, str]:
         return self.source.too_small(side)
 

@@ -200,6 +200,14 @@ class Folder(LabelledImages):
         truth = None if split == "train" or masks is None else _find_masks(_masks_folder(found.root, masks), found, ids)
         super().__init__(found.classes, ids, [found.images[i] for i in ids], found.multi_hot(ids), truth)
         self.root, self.has_background = found.root, has_background
+        self.survey, self.mask_folder = found, None if masks is None else _masks_folder(found.root, masks)
+
+    def true_masks(self) -> Mapping[str, Path]:
+        return {} if self.mask_folder is None else _masks_found(self.mask_folder, self.survey)
+
+    def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
+        mask = super().truth(index, image)
+        return mask if mask is None or self.has_background else np.where(mask == 0, np.uint8(255), mask)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
@@ -250,10 +258,15 @@ class Folder(LabelledImages):
         return Inspection(sets, notes, problems)
 
 
-def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path]:
+def _masks_found(folder: Path, found: Survey) -> dict[str, Path]:
+    """Those that there are, by id."""
     files = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
     pngs = {p.with_suffix("").as_posix(): path for p, path in files.items()}
-    masks = {image_id: pngs[name] for name, image_id in match(pngs, found.images, levels=2).items()}
+    return {image_id: pngs[name] for name, image_id in match(pngs, found.images, levels=2).items()}
+
+
+def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path]:
+    masks = _masks_found(folder, found)
     if missing := [image_id for image_id in ids if image_id not in masks]:
         raise InputError(
             f"{len(missing)} of {len(ids)} images to evaluate on have no mask in {folder} ({first_names(missing)}): "

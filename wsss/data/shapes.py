@@ -237,6 +237,9 @@ class Shapes(Images):
         sample = {"image": self._draw(rng, items, owner), "label": label, "id": f"{self.split}-{index:06d}"}
         return sample if self.split == "train" else sample | {"mask": self.mask(index)}
 
+    def truth(self, index: int, image: Array) -> Array:
+        return self.mask(index)
+
     def mask(self, index: int) -> Array:
         """The true mask uint8 (H, W) of any item, training ones too: 0 background, c + 1 for class c."""
         items, owner = self._place(self._rng(index))

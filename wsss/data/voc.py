@@ -58,6 +58,10 @@ class VOC(LabelledImages):
         hidden = split == "val" and list_path.stem == "test"  # VOC keeps labels and masks of this list to itself
         images = pick(ids, found, f"image in {folder}")
         names = tuple(distinct(classes) if classes else listed_classes(self.root) or VOC_CLASSES)
+        augmented = (self.root / "SegmentationClassAug").is_dir()
+        self.mask_folder = find_given(
+            self.root, masks or ("SegmentationClassAug" if augmented else "SegmentationClass")
+        )
         truth = None if split == "train" else self._masks(masks, ids, hidden)
         super().__init__(names, ids, images, self._labels(labels, ids, names, list_path if hidden else None), truth)
 
@@ -78,9 +82,11 @@ class VOC(LabelledImages):
             )
         return labels
 
+    def true_masks(self) -> dict[str, Path]:
+        return files_by_stem(self.mask_folder, (".png",), LAYOUT) if self.mask_folder.is_dir() else {}
+
     def _masks(self, given: str | None, ids: Sequence[str], hidden: bool) -> list[Path] | None:
-        augmented = (self.root / "SegmentationClassAug").is_dir()
-        folder = find_given(self.root, given or ("SegmentationClassAug" if augmented else "SegmentationClass"))
+        folder = self.mask_folder
         found = {} if hidden and not given and not folder.is_dir() else files_by_stem(folder, (".png",), LAYOUT)
         return None if hidden and found.keys().isdisjoint(ids) else pick(ids, found, f"mask in {folder}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from wsss import InputError
 from wsss.methods.stage import Stage
 from wsss.networks.affinity import AffinityNet, pair_affinity
+from wsss.networks.weights import start_backbone
 from wsss.optim import sgd_poly
 from wsss.pairs import CELL, fitting_radius, source_size
 from wsss.refine.pseudo import Refined
@@ -29,7 +30,7 @@ class Affinity(Stage):
         weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag, the name of
             an installed package (`efficientnet_lite0`), or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor.
-        init_checkpoint: a checkpoint of method=cam to start the backbone from.
+        init_checkpoint: a checkpoint of a method with this backbone, e.g. cam, to start it from.
         losses: weight and arguments of affinity, whose radius is that of the walk, too.
         lr: learning rate of the backbone's weights; the head learns ten times as fast.
         weight_decay: of weights.
@@ -64,7 +65,7 @@ class Affinity(Stage):
             raise InputError(f"losses.affinity.radius is {self.radius!r}: expected a whole number of at least 2")
         self.network = AffinityNet(backbone, weights, backbone_args)
         if init_checkpoint is not None:
-            self.network.backbone.start_from(init_checkpoint)
+            start_backbone(self.network.backbone, init_checkpoint)
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from wsss import InputError
 from wsss.cam import resize, resize_ids
 from wsss.methods.stage import Stage
 from wsss.networks.irn import IRNet
+from wsss.networks.weights import start_backbone
 from wsss.optim import stepwise, warmup_poly
 from wsss.pairs import EDGE_CELL, cells_of, path_affinity, source_size
 from wsss.refine.instances import cluster, find_centroids, separate
@@ -87,7 +88,7 @@ class IRN(Stage):
                 stacklevel=2,
             )
         if init_checkpoint is not None:
-            self.network.backbone.start_from(init_checkpoint)
+            start_backbone(self.network.backbone, init_checkpoint)
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from wsss.cam import reduced_size, resize, resize_ids
 from wsss.evaluation.metrics import SegmentationIoU
 from wsss.methods.stage import Stage
 from wsss.networks.segmenters import build_segmenter
+from wsss.networks.weights import start_backbone
 from wsss.optim import stepwise, warmup_poly
 
 
@@ -73,6 +74,7 @@ class Segmentation(PixelStage):
             with the others an encoder of segmentation-models-pytorch, e.g. `tu-` and a timm name.
         weights: of the backbone: None, or what `ResNet38`, timm or `EncoderDecoder` take.
         backbone_args: arguments of `ResNet38`, or of timm's constructor.
+        init_checkpoint: a checkpoint of a method with this backbone, e.g. cam, to start it from, as PSA's followers do.
         decoder: `large_fov`, or one of segmentation-models-pytorch (the extra `seg`): `unet`, `deeplabv3plus`, ...
         decoder_args: `channels` and `dilation` of `large_fov`, or arguments of the other.
         losses: weight and arguments of ce and clipped_ce; null leaves a term out.
@@ -84,6 +86,8 @@ class Segmentation(PixelStage):
         power: of the polynomial decay.
     """
 
+    start_arguments = ("weights", "init_checkpoint")
+
     def __init__(
         self,
         num_classes: int,
@@ -91,6 +95,7 @@ class Segmentation(PixelStage):
         backbone: str = "resnet38",
         weights: str | None = None,
         backbone_args: Mapping[str, Any] | None = None,
+        init_checkpoint: str | None = None,
         decoder: str = "large_fov",
         decoder_args: Mapping[str, Any] | None = None,
         losses: Mapping[str, Mapping[str, Any] | None] | None = None,
@@ -104,6 +109,8 @@ class Segmentation(PixelStage):
         super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
         self.save_hyperparameters()
         self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
+        if init_checkpoint is not None:
+            start_backbone(self.network.encoder, init_checkpoint)
         self.mean, self.std = self.network.normalisation or (self.mean, self.std)
         self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
 

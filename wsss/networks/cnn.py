@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from wsss import InputError
 from wsss.networks.resnet38 import ResNet38, Taps
 from wsss.networks.vit import create_timm
-from wsss.networks.weights import misfit, read_state_dict
 
 
 class CNN(nn.Module):
@@ -85,14 +84,3 @@ class CNN(nn.Module):
             ) from error
         self.train(training)
         return [(stage.shape[1], 2 ** round(math.log2(size[1] / stage.shape[2]))) for stage in stages]
-
-    def start_from(self, path: str) -> None:
-        """Take the weights of the backbone in a checkpoint of method=cam.
-
-        Raises:
-            InputError: it cannot be read, or is of another network.
-        """
-        state = {n.removeprefix("backbone."): t for n, t in read_state_dict(path).items() if n.startswith("backbone.")}
-        if said := misfit(self.state_dict(), state):
-            raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
-        self.load_state_dict(state)

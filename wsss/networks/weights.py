@@ -134,6 +134,22 @@ def load_weights(
     raise InputError(f"weights file {path} does not fit {name}: it {describe_misfit(nearest, shown)}; {advice}")
 
 
+def start_backbone(backbone: nn.Module, path: str) -> None:
+    """A backbone's weights from a checkpoint of a method with the same one; of two that of its `main` network.
+
+    Raises:
+        InputError: it cannot be read, or is of another network.
+    """
+    own = {name.removeprefix("body."): name for name in backbone.state_dict()}  # some methods have the body alone
+    state = {name.removeprefix("main."): tensor for name, tensor in read_state_dict(path).items()}
+    found = {
+        n.removeprefix("backbone.").removeprefix("body."): t for n, t in state.items() if n.startswith("backbone.")
+    }
+    if said := misfit({short: backbone.state_dict()[name] for short, name in own.items()}, found):
+        raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
+    backbone.load_state_dict({own[short]: tensor for short, tensor in found.items()})
+
+
 def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
     """The state dict as it is, then again without each of `PREFIXES` that is there."""
     yield state

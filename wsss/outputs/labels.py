@@ -3,9 +3,10 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,10 @@ SUFFIXES = {
     "instances": (".png", ".json"),
 }
 """Of the files of an image, by the name of their folder."""
+
+
+COUNTS = ("ids", "pixels", "targets")
+"""Arrays of `wsss.evaluation.pseudo.count_cam`."""
 
 
 class InstanceMap(NamedTuple):
@@ -62,7 +67,9 @@ class LabelFolder:
 
     `settings.json` says from the beginning what they are made of, and nothing else may be added to them.
     `manifest.json`, the same and size and sha256 of every mask, and sha256 of its instances, is there when all of them
-    are. Nothing in the folder depends on how many processes have made it, nor on how often they were interrupted.
+    are, as is `metrics.json`. Where an image has a true mask, `counts/<id>.npz` holds what the figures of its CAMs are
+    made of. Nothing in the folder depends on how many processes have made it, nor on how often they were interrupted,
+    and no mask on true ones.
 
     Args:
         out: the folder; made where it is missing.
@@ -146,6 +153,35 @@ class LabelFolder:
         self.files.write(
             name, mask, image if "overlays" in self.kinds else None, cams if "cams" in self.kinds else None
         )
+
+    def write_counts(self, name: str, counts: Mapping[str, np.ndarray]) -> None:
+        """Those of `wsss.evaluation.pseudo.count_cam`, to be written before the mask."""
+        with write_whole(self.out / "counts" / f"{name}.npz") as file:
+            ids, hits, found, targets = (counts[key] for key in COUNTS)
+            np.savez_compressed(file, ids=ids, hits=hits, found=found, targets=targets)
+
+    def counted(self, names: Iterable[str]) -> list[str]:
+        """Names of the images that have counts."""
+        return [name for name in names if (self.out / "counts" / f"{name}.npz").is_file()]
+
+    def counts(self, names: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Those of images, one after the other.
+
+        Raises:
+            InputError: a file of them is damaged.
+        """
+        for path in (self.out / "counts" / f"{name}.npz" for name in names):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    one = {key: file[key] for key in COUNTS}
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                raise InputError(f"{path} is damaged: remove it and the mask of this name, and run again") from error
+            yield one
+
+    def mask(self, name: str) -> np.ndarray:
+        """That of an image, uint8 (H, W)."""
+        with Image.open(self.files.masks / f"{name}.png", formats=["PNG"]) as picture:
+            return np.array(picture)
 
     def finish(self, ids: Sequence[str], labels: np.ndarray) -> ClassTable:
         """Write the manifest of a complete folder, or compare with the one that is there.

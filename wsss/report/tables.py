@@ -86,17 +86,28 @@ def print_sweep(directory: Path) -> None:
 
 
 def print_pipeline(title: str, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table of the stages of a pipeline: whether each ran, its time, its memory and its main figures."""
-    known = {"peak_memory_mb": "MB", "val/map": "map", "val/cam_miou": "cam_miou", "val/miou": "miou", "masks": "masks"}
-    keys = [key for key in known if any(key in record["figures"] for record in records.values())]
+    """A table of the stages of a pipeline: time and memory of each, its figures and what they were measured on."""
+    known = {
+        "map": "mAP",
+        "cam_miou": "CAM",
+        "cam_best_miou": "CAM, threshold chosen by masks",
+        "mask_miou": "pseudo masks",
+        "miou": "segmentation",
+        "masks": "masks made",
+    }
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    table.add_column(no_wrap=True)
-    for heading in ("seconds", *(known[key] for key in keys)):
-        table.add_column(heading, justify="right")
+    for heading in ("stage", "seconds", "MB", "figure", "value", "measured on"):
+        table.add_column(heading, justify="right" if heading in ("seconds", "MB", "value") else "left")
     for name, record in records.items():
-        cells = [_cell(record["figures"].get(key)) for key in keys]
-        table.add_row(escape(name), record["status"], f"{record['seconds']:.0f}", *cells)
+        figures = record["figures"]
+        measured = [key for key in figures if not key.startswith("protocol/") and "iou/" not in key]
+        shown = [key for last in known for key in measured if key.rpartition("/")[2] == last]
+        cells = [f"{name}, {record['status']}", f"{record['seconds']:.0f}", _cell(record.get("peak_memory_mb"))]
+        for row, key in enumerate(shown or [""]):
+            figure, value = known.get(key.rpartition("/")[2], ""), _cell(figures.get(key))
+            about = (figure, value, figures.get(f"protocol/{key}", ""))
+            table.add_row(*(map(escape, (*(cells if row == 0 else ("", "", "")), *about))))
+        table.add_section()
     Console().print(table)
 
 
