@@ -392,7 +392,7 @@ def test_the_chain_of_irn(command: Command, given: list[str], trained: Path, tmp
     ended = command("label", *given, *walk, f"out={out}", "instances=true")
     assert ended.code == 0, ended.err
     whole = content(out)
-    assert len(whole) == 6 * 3 + 2
+    assert len(whole) == 6 * 4 + 3  # mask, instances in two files and counts of each, and what tells of all
 
     shapes, method, irn = (
         Shapes("train", **SHAPES),

@@ -28,6 +28,10 @@ from wsss.pipeline import (
 )
 
 
+QUICK = "quick"
+"""The pipeline for own photographs, where none is given."""
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the stages that are not finished; returns the records of all, by name."""
     from wsss.report.tables import print_pipeline
@@ -101,6 +105,7 @@ def resolve(cfg: DictConfig, described: Mapping[str, Any], dataset: Sequence[str
         chosen = {o.partition("=")[0] for o in own}  # with another option of a group go the old one's values
         given = [o for o in stage.get("overrides", []) if not {re.split("[.=]", o)[0]} & chosen]
         overrides = [f"dataset={choice}", *dataset, *given, *own]
+        overrides[:0] = [f"features.{key}={quote(str(value))}" for key, value in cfg.features.items()]
         if stage["command"] != "label":
             overrides.insert(0, f"seed={cfg.seed}")
         for found in (found for override in overrides for found in REFERENCE.finditer(override)):
@@ -150,6 +155,9 @@ def prepare(arguments: list[str]) -> list[str]:
             kept.append(argument)
         else:
             own.setdefault(found[1], []).extend([f"{found[2]}={found[3]}"] if found[2] else split(found[3]))
+    if "dataset=folder" in kept and not any(argument.startswith("pipeline=") for argument in kept):
+        print(f"pipeline={QUICK}, which needs no GPU; with one pipeline=toco is worth its time")
+        kept.append(f"pipeline={QUICK}")
     return [*kept, *(f"+stages.{name}={quote(given)}" for name, given in own.items())]
 
 

@@ -157,8 +157,8 @@ class LabelFolder:
     def write_counts(self, name: str, counts: Mapping[str, np.ndarray]) -> None:
         """Those of `wsss.evaluation.pseudo.count_cam`, to be written before the mask."""
         with write_whole(self.out / "counts" / f"{name}.npz") as file:
-            ids, hits, found, targets = (counts[key] for key in COUNTS)
-            np.savez_compressed(file, ids=ids, hits=hits, found=found, targets=targets)
+            ids, pixels, targets = (counts[key] for key in COUNTS)
+            np.savez_compressed(file, ids=ids, pixels=pixels, targets=targets)
 
     def counted(self, names: Iterable[str]) -> list[str]:
         """Names of the images that have counts."""
