@@ -22,7 +22,7 @@ from wsss.config import flatten
 from wsss.writing import write_json, write_whole
 
 NO_MATTER = re.compile(
-    r"hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|strategy|"
+    r"features\..*|hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|strategy|"
     r"enable_progress_bar)"
 )
 """Settings that the result of a command does not depend on: where and how it is made."""

@@ -27,7 +27,6 @@ from wsss.pipeline import (
     run_stages,
 )
 
-
 QUICK = "quick"
 """The pipeline for own photographs, where none is given."""
 
@@ -105,7 +104,7 @@ def resolve(cfg: DictConfig, described: Mapping[str, Any], dataset: Sequence[str
         chosen = {o.partition("=")[0] for o in own}  # with another option of a group go the old one's values
         given = [o for o in stage.get("overrides", []) if not {re.split("[.=]", o)[0]} & chosen]
         overrides = [f"dataset={choice}", *dataset, *given, *own]
-        overrides[:0] = [f"features.{key}={quote(str(value))}" for key, value in cfg.features.items()]
+        overrides[:0] = [f"features.folder={quote(cfg.features.folder)}", f"features.limit_gb={cfg.features.limit_gb}"]
         if stage["command"] != "label":
             overrides.insert(0, f"seed={cfg.seed}")
         for found in (found for override in overrides for found in REFERENCE.finditer(override)):

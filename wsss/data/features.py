@@ -36,8 +36,8 @@ class FeatureStore:
     """
 
     def __init__(self, root: str | Path, key: str, limit_gb: float) -> None:
-        if not limit_gb > 0:
-            raise InputError(f"features.limit_gb is {limit_gb}: expected a number above 0")
+        if not isinstance(limit_gb, int | float) or not limit_gb > 0:
+            raise InputError(f"features.limit_gb is {limit_gb!r}: expected a number above 0")
         self.root, self.limit = Path(root).expanduser(), limit_gb * 1e9
         self.folder = self.root / key
         try:
