@@ -45,8 +45,8 @@ def few(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     least = sorted(found, key=lambda name: found[name])[:3]
     said = ", ".join(f"{name} ({found[name]})" for name in least)
     return [
-        f"{len(found)} classes have fewer than {FEW} training images, {said}{', ...' if len(found) > 3 else ''}: expect "
-        "masks to correct rather than to use; photographs of these classes help most"
+        f"{len(found)} classes have fewer than {FEW} training images, {said}{', ...' if len(found) > 3 else ''}: "
+        "expect masks to correct rather than to use; photographs of these classes help most"
     ]
 
 
