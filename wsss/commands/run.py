@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trained = [stage for stage in stages[: last + 1] if stage.command == "train"]
     if trained:
         checkpoint = shlex.quote(str(trained[-1].folder / OUTPUTS["train"]["checkpoint"]))
-        print(f"masks of other photographs: wsss-predict checkpoint={checkpoint} images=FOLDER out=MASKS overlay=true")
+        print(f"masks of other photographs: wsss-predict checkpoint={checkpoint} images=FOLDER out=MASKS")
     return records
 
 
