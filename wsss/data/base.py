@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from wsss import InputError, printable
+from wsss.data.drawn import DrawnMask
 from wsss.data.files import first_names, image_size, read_image, read_truth
 from wsss.writing import check_classes
 
@@ -103,7 +104,7 @@ class LabelledImages(Images):
         ids: of the N images.
         images: their files.
         labels: float32 (N, C).
-        masks: their masks; None in training and where there are none.
+        masks: their masks, files or drawn ones; None in training and where there are none.
     """
 
     labels: np.ndarray
@@ -114,7 +115,7 @@ class LabelledImages(Images):
         ids: Sequence[str],
         images: Sequence[Path],
         labels: np.ndarray,
-        masks: Sequence[Path] | None = None,
+        masks: Sequence[Path | DrawnMask] | None = None,
     ) -> None:
         self.classes, self._ids = tuple(classes), list(ids)
         self.images, self.labels, self.masks = list(images), labels, masks
@@ -132,7 +133,11 @@ class LabelledImages(Images):
         image = read_image(self.images[index])
         item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
         if self.masks is not None:
-            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
+            mask = self.masks[index]
+            if isinstance(mask, DrawnMask):
+                item["mask"] = mask.draw(image.shape[:2])
+            else:
+                item["mask"] = read_truth(mask, image, len(self.classes))
         return item
 
     def label(self, index: int) -> np.ndarray:
