@@ -84,8 +84,8 @@ class DrawnMask(NamedTuple):
 
 
 def is_export(path: Path) -> bool:
-    """Whether a path is what `read_drawn` reads, rather than a folder of PNGs of ids."""
-    return path.is_file() or (path / COLOURED).is_dir()
+    """Whether a path looks like what `read_drawn` reads, rather than a folder of PNGs of ids."""
+    return (path.is_file() and path.suffix.lower() in (".json", ".xml", ".zip")) or (path / COLOURED).is_dir()
 
 
 def read_drawn(path: Path, classes: Sequence[str]) -> dict[str, DrawnMask]:

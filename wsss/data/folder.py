@@ -145,7 +145,7 @@ def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequen
 
 def _masks_folder(root: Path, given: str) -> Path:
     folder = find_given(root, given)
-    if folder.is_file():
+    if folder.is_file() and is_export(folder):
         return folder
     if not folder.is_dir() or folder.samefile(root):
         raise InputError(
