@@ -48,6 +48,7 @@ OUTSIDE = {
     "wandb": set(),
     "pydensecrf": {"refine/crf"},
     "segmentation_models_pytorch": {"networks/segmenters"},
+    **{package: {"outputs/onnx"} for package in ("onnx", "onnxruntime", "onnxscript")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
