@@ -37,15 +37,15 @@ def report(cfg: DictConfig) -> Path:
     from wsss.report.reading import read_all
     from wsss.writing import write_whole
 
-    if not isinstance(cfg.images, int) or isinstance(cfg.images, bool) or cfg.images < 0:
-        raise InputError(f"images is {cfg.images!r}: expected a whole number of at least 0")
+    if not isinstance(cfg.examples, int) or isinstance(cfg.examples, bool) or cfg.examples < 0:
+        raise InputError(f"examples is {cfg.examples!r}: expected a whole number of at least 0")
     paths = [Path(path).expanduser() for path in cfg.runs]
     if not paths:
         raise InputError("no run is given: wsss-report RUN..., the directories of runs, a pipeline or a sweep")
     runs = read_all(paths)
     out = Path(cfg.out).expanduser() if cfg.out else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     gallery = Gallery(runs, extra_directories())
-    examples = gallery.examples(cfg.images) if cfg.images else []
+    examples = gallery.examples(cfg.examples) if cfg.examples else []
     differences, notes = compare(runs)
     names = ", ".join(path.resolve().name for path in paths)
     title = f"Report of {names}" if len(names) < 100 else f"Report of {len(paths)} runs"
@@ -54,7 +54,9 @@ def report(cfg: DictConfig) -> Path:
     with write_whole(out) as file:
         file.write(content)
     pictures = sum(len(example.pictures) for example in examples)
-    print(f"{out}: {len(runs)} runs, {pictures} pictures, {len(content) / 1e6:.1f} MB in one file")
+    print(
+        f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {pictures} pictures, {len(content) / 1e6:.1f} MB in one file"
+    )
     return out
 
 

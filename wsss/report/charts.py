@@ -62,13 +62,13 @@ def own_charts(run: Run) -> Iterator[Chart]:
     for metric, table in run.tables.items():
         rows = [
             {"class": name, "value": values[kind], "run": kind}
-            for name, values in table.get("classes", {}).items()
             for kind in ("precision", "recall")
+            for name, values in table.get("classes", {}).items()
             if values.get(kind) is not None
         ]
         if rows:
             title = f"Precision and recall of {_words(metric)}"
-            yield _dots(title, rows, "precision and recall", "measure")
+            yield _dots(title, rows, "precision and recall", "measure", list(table["classes"]))
     for metric, table in run.tables.items():
         if pairs := table.get("confused"):
             unit = "share" if all(0 < value <= 1 for *_, value in pairs) else "pixels"
@@ -216,9 +216,12 @@ def _lines(
     return Chart(title, f"{said} {'; '.join(ends)}.", _spec(chart.properties(height=260)), ("line", *axes), shown)
 
 
-def _dots(title: str, rows: Sequence[dict[str, Any]], axis: str, series: str) -> Chart:
+def _dots(
+    title: str, rows: Sequence[dict[str, Any]], axis: str, series: str, classes: Sequence[str] | None = None
+) -> Chart:
     """A bar for each class, or of several series points, told apart by colour and shape."""
-    classes = list(dict.fromkeys(row["class"] for row in rows))
+    known = dict.fromkeys(row["class"] for row in rows)
+    classes = [name for name in classes or known if name in known]
     said = ""
     if len(classes) > MOST_CLASSES:
         means = dict.fromkeys(classes, 0.0)

@@ -197,14 +197,24 @@ def _overview(runs: Sequence[Run]) -> str:
         for note, names in said.items():
             which = "" if len(said) == 1 else f" ({', '.join(names)})"
             measured.append(([TITLES[key] + which], note))
-    return _table("Figures of each run", ["run", *(TITLES[key] for key in keys)], rows) + _tagged(
-        "The protocol that each figure was measured under", ["figure"], measured
+    return (
+        _table("Figures of each run", ["run", *(TITLES[key] for key in keys)], rows)
+        + _tagged("The protocol that each figure was measured under", ["figure"], measured)
+        + (GIVEN if any(TRUE_LABELS in (note or "") for _, note in measured) else "")
     )
 
 
 def _parts(note: str) -> list[str]:
     """Of a protocol; what stands in brackets and the numbers of a list of scales stay together."""
-    return re.split(r", (?![^(\[]*[)\]])(?!\d[\d.]*(?:,| with| \())", note)
+    parts: list[str] = []
+    for piece in note.split(", "):
+        before = parts[-1] if parts else ""
+        is_open = len(re.findall(r"[(\[]", before)) > len(re.findall(r"[)\]]", before))
+        if is_open or (before.startswith("scales ") and piece[0].isdigit()):
+            parts[-1] = f"{before}, {piece}"
+        else:
+            parts.append(piece)
+    return parts
 
 
 def _shared(notes: Sequence[Sequence[str]]) -> list[str]:
@@ -227,9 +237,7 @@ def _tagged(caption: str, columns: Sequence[str], rows: Sequence[tuple[Sequence[
 def _tags(parts: Sequence[str]) -> str:
     """Parts of a protocol; true image labels stand out, in words too."""
     shown = [
-        f'<li class="true">{escape(part)} (told to the test)</li>'
-        if TRUE_LABELS in part
-        else f"<li>{escape(part)}</li>"
+        f'<li class="true">⚠ {escape(part)}</li>' if TRUE_LABELS in part else f"<li>{escape(part)}</li>"
         for part in parts
     ]
     return f'<ul class="tags">{"".join(shown)}</ul>' if shown else ""
@@ -378,6 +386,8 @@ def seeds_of(runs: Sequence[Run], measure: Any) -> list[Seeds]:
 def _without_seed(name: str) -> str:
     return ", ".join(part for part in name.split(", ") if not part.startswith("seed="))
 
+
+GIVEN = f'<p class="note">⚠ {TRUE_LABELS}: which classes an image shows was given, not predicted.</p>'
 
 NOSCRIPT = (
     '<noscript><p class="note">Without scripts the pictures of an image stand side by side, and of each chart there '
