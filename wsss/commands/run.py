@@ -34,6 +34,7 @@ QUICK = "quick"
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the stages that are not finished; returns the records of all, by name."""
+    from wsss.report.afterwards import write_report
     from wsss.report.tables import print_pipeline
     from wsss.runs import lock
 
@@ -59,6 +60,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if trained:
         checkpoint = shlex.quote(str(trained[-1].folder / OUTPUTS["train"]["checkpoint"]))
         print(f"masks of other photographs: wsss-predict checkpoint={checkpoint} images=FOLDER out=MASKS")
+    if not (out / "report.html").exists() or any(record["status"] == "ran" for record in records.values()):
+        write_report(out, directories)
     return records
 
 
