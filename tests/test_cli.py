@@ -159,7 +159,8 @@ def test_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "sub/cmyk": (60, 40), "deep": (47, 33),
     }  # fmt: skip
     assert {p.relative_to(out / "masks").as_posix() for p in (out / "masks").rglob("*.*")} == {
-        f"{n}.png" for n in sizes
+        "class_names.txt",
+        *(f"{n}.png" for n in sizes),
     }
     for name, size in sizes.items():
         mask = Image.open(out / "masks" / f"{name}.png")
@@ -212,7 +213,9 @@ def test_no_image_ends_a_prediction(
     assert "6 masks" in ended.out
     for said in ("3 of 9 images", "line: ", "wanting: MemoryError", "torn: [Errno 22]"):
         assert said in ended.err
-    masks = sorted(path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*") if path.is_file())
+    masks = sorted(
+        path.relative_to(out / "masks").as_posix() for path in (out / "masks").rglob("*.png") if path.is_file()
+    )
     assert masks[:3] == ["a.jpg.bmp.png", "a.jpg.png", "a.png/b.png"]
     assert masks[3] == "strip.png"
     assert all(name.startswith("x" * 200 + "-") for name in masks[4:])  # which share their first 251 letters

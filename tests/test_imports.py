@@ -32,6 +32,7 @@ LAYERS = {
     "evaluation": {"evaluation", *GROUND},
     "outputs": {"outputs", "report", "evaluation", "writing"},
     "report": {"report", "evaluation", "writing"},
+    "report/reading": {"config", "runs"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},
@@ -47,7 +48,10 @@ OUTSIDE = {
     "timm": {"networks", "runs", "data/transforms"},
     "wandb": set(),
     "pydensecrf": {"refine/crf"},
+    "altair": {"report/charts"},
+    "vl_convert": {"report/page"},
     "segmentation_models_pytorch": {"networks/segmenters"},
+    **{package: {"outputs/onnx"} for package in ("onnx", "onnxruntime", "onnxscript")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

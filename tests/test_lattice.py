@@ -82,6 +82,15 @@ def test_matches_slow_reference(d: int, spread: float) -> None:
 
 
 @pytest.mark.parametrize("d", [2, 5])
+def test_normalised(d: int) -> None:
+    features, values = points(3, 50, d), points(3, 50, 2, seed=1)
+    plain = PermutohedralLattice(features)
+    norm = (plain(torch.ones(3, 50, 1, dtype=torch.float64)) + 1e-20).rsqrt()
+    expected = 2.5 * norm * plain(norm * values)
+    torch.testing.assert_close(PermutohedralLattice(features).normalise(2.5)(values), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [2, 5])
 def test_batch_is_filtered_image_by_image(d: int) -> None:
     features, values = points(3, 50, d), points(3, 50, 2, seed=1)
     features[2] = features[0]  # the same places in two images must not share vertices

@@ -33,6 +33,7 @@ def test_wheel(tmp_path: Path) -> None:
         "wsss-label = wsss.commands.label:main",
         "wsss-run = wsss.commands.run:main",
         "wsss-predict = wsss.commands.predict:main",
+        "wsss-export = wsss.commands.export:main",
     ):
         assert command in entry_points.read_text()
     code = "import wsss.config, wsss.commands.train; print(wsss.config.config_dir()); wsss.commands.train.main()"

@@ -47,6 +47,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def found_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("wsss.report.afterwards.PACKAGES", ("none",))  # tests/test_report.py makes reports
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":

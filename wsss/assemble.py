@@ -21,7 +21,7 @@ from wsss.config import (
 )
 from wsss.data.base import Images, ImageSubset, as_images, inspect_items
 from wsss.data.datamodule import DataModule
-from wsss.data.doubts import masks_misfit, sample, shared, unseen
+from wsss.data.doubts import few, masks_misfit, sample, shared, unseen
 from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
 from wsss.data.pixels import Normalise
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
@@ -55,7 +55,7 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
     data = call_checked(DataModule, settings, "data", train=train, val=val, transform=transform, seed=cfg.seed)
     notes = notes_on(cfg.dataset._target_, values)
     if data.train is not None and data.train.labels is not None:
-        notes += unseen(data.train.labels, data.classes)
+        notes += unseen(data.train.labels, data.classes) + few(data.train.labels, data.classes)
     if data.train is not None and data.val is not None:
         notes += shared(data.train, data.val)
     for note in notes:

@@ -20,7 +20,7 @@ from torch import Tensor
 from wsss import RunError
 from wsss.evaluation.comparison import COLUMNS
 from wsss.report.tables import Meter
-from wsss.writing import write_whole
+from wsss.writing import write_json, write_whole
 
 
 class FiniteLoss(pl.Callback):
@@ -76,6 +76,8 @@ class StepSeed(pl.Callback):
 class RunLog(pl.Callback):
     """Hands the losses and rates of every `every`-th step, and each evaluation, to the logger.
 
+    What is more than a number of the last evaluation stands in tables.json, in the trainer's directory.
+
     It does so before a checkpoint of that step is written, and the checkpoint remembers how many rows there were:
     a run that goes on drops the later ones and so leaves the log of a run that was never interrupted.
     """
@@ -102,6 +104,9 @@ class RunLog(pl.Callback):
         self.evaluated = trainer.global_step
         self.figures = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.write(trainer, self.figures)
+        tables = getattr(pl_module, "tables", None)  # a module from elsewhere may have none
+        if tables and trainer.is_global_zero:
+            write_json(Path(trainer.default_root_dir) / "tables.json", tables)
 
     def write(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
         if trainer.logger is not None:

@@ -183,8 +183,7 @@ def composing(directories: Sequence[str]) -> Iterator[list[str]]:
 
 def extra_directories() -> list[str]:
     """The directories of configuration that the running command was given beside ours."""
-    sources = HydraConfig.get().runtime.config_sources
-    return [source.path for source in sources if source.schema == "file" and source.provider != "main"]
+    return _added(HydraConfig.get())
 
 
 def given_directories(arguments: Sequence[str]) -> list[str]:
@@ -283,7 +282,16 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 class SweepTable(Callback):
-    """Hydra's callback: after `-m`, one table over the jobs."""
+    """Hydra's callback: after `-m`, one table over the jobs, and report.html."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        hydra.utils.get_object("wsss.report.tables.print_sweep")(Path(config.hydra.sweep.dir))
+        folder = Path(config.hydra.sweep.dir)
+        hydra.utils.get_object("wsss.report.tables.print_sweep")(folder)
+        directories = [option for place in _added(config.hydra) for option in ("--config-dir", place)]
+        hydra.utils.get_object("wsss.report.afterwards.write_report")(folder, directories)
+
+
+def _added(config: Any) -> list[str]:
+    """The directories of configuration that Hydra's own node lists beside ours."""
+    sources = config.runtime.config_sources
+    return [source.path for source in sources if source.schema == "file" and source.provider != "main"]

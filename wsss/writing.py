@@ -41,6 +41,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(f"{json.dumps(finite, indent=2)}\n".encode())
 
 
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """A text in UTF-8."""
+    with write_whole(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
+
+
 def check_classes(classes: Sequence[str]) -> None:
     """Refuses classes that masks, of 8 bits, or figures by name cannot tell apart.
 

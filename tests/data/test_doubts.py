@@ -11,7 +11,7 @@ from PIL import Image
 
 from wsss import InputError
 from wsss.data import doubts
-from wsss.data.doubts import contents, left_out, masks_misfit, shared, unseen
+from wsss.data.doubts import FEW, contents, few, left_out, masks_misfit, shared, unseen
 from wsss.data.files import AVIF, read_image
 from wsss.data.finding import find_files
 from wsss.data.folder import Folder
@@ -68,6 +68,15 @@ def test_classes_that_nothing_shows() -> None:
     assert unseen(np.array([[1, 0, 0], [1, 1, 0]]), ("a", "b", "c")) == [
         "no training image shows c: nothing can be learnt about it"
     ]
+
+
+def test_classes_that_few_images_show() -> None:
+    assert few(np.ones((FEW, 2)), ("a", "b")) == []
+    labels = np.zeros((40, 5))
+    for column, count in enumerate((40, 9, 3, 0, 5)):
+        labels[:count, column] = 1
+    (said,) = few(labels, ("a", "b", "c", "d", "e"))
+    assert said.startswith("3 classes have fewer than 30 training images, c (3), e (5), b (9): expect masks to correct")
 
 
 # The same images on both sides

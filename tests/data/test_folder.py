@@ -428,7 +428,7 @@ def test_masks_that_are_missing_or_ambiguous(tmp_path: Path) -> None:
     assert [path.name for path in data.masks or []] == ["b.png", "e.jpg.png", "e.png.png"]
     assert len(Folder(str(tmp_path), val="list.txt", masks="masks")) == 2  # training asks for no mask
     for given in ("none", ".", "c/a.jpg"):
-        refused(tmp_path, f"masks={given} is not a folder", masks=given)
+        refused(tmp_path, f"masks={given} is neither a folder of masks alone nor an export", masks=given)
     draw(tmp_path / "d/masks/f.jpg")
     refused(tmp_path, "masks does not look like a class", masks="d/masks")
     (tmp_path / "empty").mkdir()

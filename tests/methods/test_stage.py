@@ -16,6 +16,7 @@ from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
 from wsss.data.transforms import FlipCrop
 from wsss.evaluation.protocol import Protocol
+from wsss.methods.cam import CAM
 from wsss.methods.stage import Stage
 
 
@@ -120,3 +121,21 @@ def test_ids_are_those_of_the_masks(data: DataModule) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch["pseudo_mask"].max() <= 3
     assert np.unique(batch["pseudo_mask"]).size > 1
+
+
+def test_trained_after_an_evaluation(tmp_path: Path) -> None:
+    data = DataModule(
+        Shapes(train_size=4, size=32, num_classes=3),
+        Shapes("val", val_size=2, size=32, num_classes=3),
+        FlipCrop(32, (1, 1)),
+        batch_size=2,
+        num_workers=0,
+    )
+    method = CAM(3, data.classes, "resnet18", None, cam_scales=[1.0])
+    options = {"logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_steps=1, num_sanity_val_steps=1, **options)
+    trainer.validate(method, data, verbose=False)  # in inference mode
+    trainer.fit(method, data)
+    trainer.validate(method, data, verbose=False)
+    measured = method.metrics["cam_miou"].compute()  # stays until the next evaluation
+    assert trainer.callback_metrics["val/cam_miou"].item() == pytest.approx(measured.item())

@@ -141,7 +141,7 @@ def test_forward(recordings: Any, match: Any, methods: Any, version: str, name: 
     tokens, output = encoder(image, attention=True), method(image)
     torch.testing.assert_close(encoder(image).class_tokens, tokens.class_tokens)  # fused attention
     embedded, size = encoder.embed(image)
-    position = encoder.position(size, square=image.shape[-2] == image.shape[-1])
+    position = encoder.position(size, tuple(image.shape[-2:]))
     raw, state = [], embedded
     for block in encoder.blocks:
         state, heads = attend(block, state)

@@ -185,3 +185,27 @@ def test_crf_of_labels_refuses(
 ) -> None:
     with pytest.raises(InputError, match="expected two scores, the low one first, and a probability between 0 and 1"):
         label_crf(image, maps, background, certainty)
+
+
+def test_crf_over_another_background_and_at_another_size(image: torch.Tensor, maps: torch.Tensor) -> None:
+    """A rule instead of an alpha, a smaller image, and what the CRF is not sure of."""
+    how: dict[str, Any] = {"iterations": 3, "gaussian": (1.0, 2.0), "bilateral": (4.0, 30.0, 1.0)}
+    image, maps = (resize(x[None], (4 * H, 4 * W))[0] for x in (image, maps))
+    small = torch.nn.functional.interpolate(image[None], size=(36, 48), mode="bilinear", antialias=True)
+    scores = torch.cat([torch.full((1, 4 * H, 4 * W), 0.4), maps])[None]
+    refined = resize(dense_crf(small, resize(scores, (36, 48)), **how), (4 * H, 4 * W))[0]
+    rule, sure = {"rule": "constant", "value": 0.4}, refined.amax(0).median().item()
+    got = crf(image, maps, alpha=None, background=rule, max_side=48, confidence=sure, **how)
+    expected = torch.where(refined.amax(0) < sure, 255, refined.argmax(0))
+    assert 0 < (expected == 255).float().mean() < 1
+    assert torch.equal(got.mask, expected)
+    assert got.scores == ()
+    pair = crf(image, maps, alpha=None, background={"rule": "pair", "low": 0.3, "high": 0.6}, **how).mask
+    weak, strong = (
+        crf(image, maps, alpha=None, background={"rule": "constant", "value": value}, **how).mask
+        for value in (0.3, 0.6)
+    )
+    assert torch.equal(pair, torch.where(weak == 0, 0, torch.where(strong == 0, 255, strong)))
+    for wrong in ({"alpha": 4.0, "background": rule}, {"alpha": None}, {"confidence": 1.5}):
+        with pytest.raises(InputError, match=r"refine has alpha|refine.confidence is 1.5"):
+            crf(image, maps, **wrong)

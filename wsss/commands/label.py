@@ -343,8 +343,8 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
             where = f"{split}, {len(counted)} images"
             of_cams = cam_figures(folder.counts(counted), len(images.classes), method.background_threshold)
             figures |= {f"{split}/{name}": value for name, value in of_cams.items()}
-            said_of_cams = method.protocol.describe(where, method.cam_scales, method.background_threshold)
-            notes |= {f"{split}/{name}": said_of_cams[name] for name in ("cam_miou", "cam_best_miou")}
+            said_of_cams = method.describe(where)
+            notes |= {f"{split}/{name}": said_of_cams[f"val/{name}"] for name in ("cam_miou", "cam_best_miou")}
         shown = {key: value for key, value in figures.items() if not key.startswith(f"{split}/iou/")}
         print_figures(shown, notes, f"{folder.out}, compared with true masks that nothing has learnt from")
     else:

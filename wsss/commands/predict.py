@@ -46,6 +46,7 @@ def predict(cfg: DictConfig) -> int:
         collate_fn=tuple,  # keeps the arrays: the default turns them into tensors
         num_workers=cfg.num_workers,
     )
+    folder.write_classes(method.classes)
     failed: list[str] = []
     found: Counter[str] = Counter()
     for name, (image, size) in progress(zip(names, loader, strict=True), len(names), "predicting"):

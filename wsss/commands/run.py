@@ -1,6 +1,7 @@
 """`wsss-run`: a pipeline of commands, from image labels to a segmentation model, that goes on where it ended."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ QUICK = "quick"
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run the stages that are not finished; returns the records of all, by name."""
+    from wsss.report.afterwards import write_report
     from wsss.report.tables import print_pipeline
     from wsss.runs import lock
 
@@ -51,9 +53,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     last = names.index(cfg.stop_after) if cfg.stop_after else len(names) - 1
     first = names.index(cfg.start_from) if cfg.start_from else 0
     directories = [option for place in extra_directories() for option in ("--config-dir", place)]
-    return run_stages(
+    records = run_stages(
         stages[: last + 1], out, directories, lambda records: print_pipeline(str(out), records), start=first
     )
+    trained = [stage for stage in stages[: last + 1] if stage.command == "train"]
+    if trained:
+        checkpoint = shlex.quote(str(trained[-1].folder / OUTPUTS["train"]["checkpoint"]))
+        print(f"masks of other photographs: wsss-predict checkpoint={checkpoint} images=FOLDER out=MASKS")
+    if not (out / "report.html").exists() or any(record["status"] == "ran" for record in records.values()):
+        write_report(out, directories)
+    return records
 
 
 def check_settings(cfg: DictConfig) -> dict[str, Any]:

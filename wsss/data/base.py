@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from wsss import InputError, printable
+from wsss.data.drawn import DrawnMask
 from wsss.data.files import first_names, image_size, read_image, read_truth
 from wsss.writing import check_classes
 
@@ -113,7 +114,7 @@ class LabelledImages(Images):
         ids: of the N images.
         images: their files.
         labels: float32 (N, C).
-        masks: their masks; None in training and where there are none.
+        masks: their masks, files or drawn ones; None in training and where there are none.
     """
 
     labels: np.ndarray
@@ -124,26 +125,31 @@ class LabelledImages(Images):
         ids: Sequence[str],
         images: Sequence[Path],
         labels: np.ndarray,
-        masks: Sequence[Path] | None = None,
+        masks: Sequence[Path | DrawnMask] | None = None,
     ) -> None:
         self.classes, self._ids = tuple(classes), list(ids)
         self.images, self.labels, self.masks = list(images), labels, masks
         self.has_masks = masks is not None
-        self._truths: Mapping[str, Path] | None = None if masks is None else dict(zip(ids, masks, strict=True))
+        self._truths: Mapping[str, Path | DrawnMask] | None = (
+            None if masks is None else dict(zip(ids, masks, strict=True))
+        )
 
     @property
     def ids(self) -> list[str]:
         return self._ids
 
-    def true_masks(self) -> Mapping[str, Path]:
+    def true_masks(self) -> Mapping[str, Path | DrawnMask]:
         """The files of true masks that there are, by id, where the items have none."""
         return {}
 
     def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
         if self._truths is None:
             self._truths = self.true_masks()
-        path = self._truths.get(self.ids[index])
-        return None if path is None else read_truth(path, image, len(self.classes))
+        mask = self._truths.get(self.ids[index])
+        return None if mask is None else self._open_mask(mask, image)
+
+    def _open_mask(self, mask: Path | DrawnMask, image: np.ndarray) -> np.ndarray:
+        return mask.draw(image.shape[:2]) if isinstance(mask, DrawnMask) else read_truth(mask, image, len(self.classes))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -153,7 +159,7 @@ class LabelledImages(Images):
         image = read_image(self.images[index])
         item = {"image": image, "label": self.labels[index].copy(), "id": self.ids[index]}
         if self.masks is not None:
-            item["mask"] = read_truth(self.masks[index], image, len(self.classes))
+            item["mask"] = self._open_mask(self.masks[index], image)
         return item
 
     def label(self, index: int) -> np.ndarray:

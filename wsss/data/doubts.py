@@ -33,6 +33,23 @@ def unseen(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     return [f"no training image shows {name}: nothing can be learnt about it" for name in missing]
 
 
+FEW = 30
+"""Images of a class below which what is learnt about it differs much from one choice of images to another."""
+
+
+def few(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """A warning where some classes are shown by few images (N, C)."""
+    found = {name: int(n) for name, n in zip(classes, labels.sum(0).tolist(), strict=True) if 0 < n < FEW}
+    if not found:
+        return []
+    least = sorted(found, key=lambda name: found[name])[:3]
+    said = ", ".join(f"{name} ({found[name]})" for name in least)
+    return [
+        f"{len(found)} classes have fewer than {FEW} training images, {said}{', ...' if len(found) > 3 else ''}: "
+        "expect masks to correct rather than to use; photographs of these classes help most"
+    ]
+
+
 # Masks against labels
 
 

@@ -87,7 +87,7 @@ def foreign_tool(folder: Path) -> str | None:
     return None
 
 
-def _get(node: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+def get(node: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """A value of a JSON object, of the kind it must have."""
     value = node.get(key) if isinstance(node, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -101,27 +101,27 @@ def _coco(path: Path, content: Any) -> Export:
     names: dict[int | str, str] = {}
     images: dict[int | str, set[str]] = {}
     entries: dict[str, set[str]] = {}
-    categories = _get(content, "categories", list, str(path))
+    categories = get(content, "categories", list, str(path))
     for n, category in enumerate(categories):
         where = f"{path} categories[{n}]"
-        key, name = _get(category, "id", (int, str), where), _get(category, "name", str, where)
+        key, name = get(category, "id", (int, str), where), get(category, "name", str, where)
         if key in names:
             raise InputError(
                 f"{where} has the id {first_names([str(key)])} again, expected each once: export the file again."
             )
         names[key] = class_name(name, where)
-    for n, image in enumerate(_get(content, "images", list, str(path))):
+    for n, image in enumerate(get(content, "images", list, str(path))):
         where = f"{path} images[{n}]"
-        key = _get(image, "id", (int, str), where)
+        key = get(image, "id", (int, str), where)
         if key in images:
             raise InputError(
                 f"{where} has the id {first_names([str(key)])} again, expected each once: export the file again."
             )
-        images[key] = entries[enter(entries, _get(image, "file_name", str, where), (), where)]
+        images[key] = entries[enter(entries, get(image, "file_name", str, where), (), where)]
     used = set()
-    for n, annotation in enumerate(_get(content, "annotations", list, str(path))):
+    for n, annotation in enumerate(get(content, "annotations", list, str(path))):
         where = f"{path} annotations[{n}]"
-        image, category = (_get(annotation, key, (int, str), where) for key in ("image_id", "category_id"))
+        image, category = (get(annotation, key, (int, str), where) for key in ("image_id", "category_id"))
         if image not in images or category not in names:
             raise InputError(
                 f"{where} has the image {first_names([str(image)])} and the category "
@@ -157,10 +157,10 @@ def _label_studio(path: Path, tasks: list[Any], given: Sequence[str] | None) -> 
     unread: Counter[str] = Counter()
     for n, task in enumerate(tasks):
         where = f"{path} task {n + 1}"
-        name = _image_of(_get(task, "data", dict, where), where)
-        annotations = _get(task, "annotations", list, where)
+        name = image_of(get(task, "data", dict, where), where)
+        annotations = get(task, "annotations", list, where)
         done = [one for one in annotations if not (isinstance(one, dict) and one.get("was_cancelled"))]
-        results = [result for one in done for result in _get(one, "result", list, where)]
+        results = [result for one in done for result in get(one, "result", list, where)]
         image = enter(entries, name, (), where) if done else ""
         for result in results:
             labels = _labels_of(result, where)
@@ -181,10 +181,10 @@ def _label_studio(path: Path, tasks: list[Any], given: Sequence[str] | None) -> 
 
 def _labels_of(result: Any, where: str) -> list[str] | None:
     """The class names of one result, of a taxonomy those of the last level; None where it has none by its type."""
-    kind = _get(result, "type", str, where)
+    kind = get(result, "type", str, where)
     if kind not in ("choices", "taxonomy") and not kind.endswith("labels"):  # rectanglelabels, brushlabels, ...
         return None
-    found = _get(_get(result, "value", dict, where), kind, list, where)
+    found = get(get(result, "value", dict, where), kind, list, where)
     if kind == "taxonomy":
         found = [path[-1] if isinstance(path, list) and path else path for path in found]
     for label in found:
@@ -212,10 +212,10 @@ def _other_controls(path: Path, said: Mapping[str, Mapping[str, set[str]]], give
     return []
 
 
-def _image_of(data: dict[str, Any], where: str) -> str:
+def image_of(data: dict[str, Any], where: str) -> str:
     """The file of a task: what its key image holds, or the only key that holds the name of an image."""
     if "image" in data:
-        return _file_of(_get(data, "image", str, where))
+        return _file_of(get(data, "image", str, where))
     files = {key: _file_of(value) for key, value in data.items() if isinstance(value, str)}
     suffixes = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES)
     found = [key for key, file in files.items() if file.lower().endswith(suffixes)]

@@ -302,6 +302,13 @@ def _refuse_dtd(*declaration: object) -> None:
     raise ValueError("it declares a document type, which an annotation does not need")  # no DTD, no entities
 
 
+def refuse_dtd_in(content: bytes) -> None:
+    """Raises ValueError for XML with a document type, whose entities may be without end."""
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = _refuse_dtd
+    parser.Parse(content, True)
+
+
 def annotation_labels(
     folder: Path, ids: Sequence[str], classes: Sequence[str], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, np.ndarray]:

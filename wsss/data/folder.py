@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from wsss import InputError, printable
 from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
 from wsss.data.doubts import contents, left_out
+from wsss.data.drawn import DrawnMask, is_export, read_drawn
 from wsss.data.exports import foreign_tool
 from wsss.data.files import find_given, first_names, read_image, read_lines, reading
 from wsss.data.finding import find_files, find_images, match
@@ -144,8 +145,13 @@ def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequen
 
 def _masks_folder(root: Path, given: str) -> Path:
     folder = find_given(root, given)
+    if folder.is_file() and is_export(folder):
+        return folder
     if not folder.is_dir() or folder.samefile(root):
-        raise InputError(f"masks={given} is not a folder of masks alone: give one in {root} or anywhere else.")
+        raise InputError(
+            f"masks={given} is neither a folder of masks alone nor an export of Label Studio or CVAT: give one in "
+            f"{root} or anywhere else."
+        )
     return folder
 
 
@@ -167,7 +173,8 @@ class Folder(LabelledImages):
         val: .txt of the images to evaluate on, a fraction of those not in train, "all" for every image, or None for
             no evaluation. With neither list a column `split` of labels.csv decides.
         seed: of the fraction.
-        masks: folder of .png with the path or the file name of the image, in root or anywhere; None for none.
+        masks: folder of .png with the path or the file name of the image, or corrected masks as `read_drawn` takes
+            them from Label Studio or CVAT, in root or anywhere; None for none.
         classes: foreground class names in the order wanted, that of the ids in the masks; None takes the lines of
             root's class_names.txt, else those of the labels.
         has_background: False where the classes cover the whole image: then 0 in a mask is ignored.
@@ -202,7 +209,7 @@ class Folder(LabelledImages):
         self.root, self.has_background = found.root, has_background
         self.survey, self.mask_folder = found, None if masks is None else _masks_folder(found.root, masks)
 
-    def true_masks(self) -> Mapping[str, Path]:
+    def true_masks(self) -> Mapping[str, Path | DrawnMask]:
         return {} if self.mask_folder is None else _masks_found(self.mask_folder, self.survey)
 
     def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
@@ -217,7 +224,8 @@ class Folder(LabelledImages):
 
     @property
     def fingerprint(self) -> str:
-        status = [path.stat() for path in (*self.images, *(self.masks or ()))]
+        masks = [mask.source if isinstance(mask, DrawnMask) else mask for mask in self.masks or ()]
+        status = [path.stat() for path in (*self.images, *masks)]
         return digest(super().fingerprint, [(one.st_size, one.st_mtime_ns) for one in status])
 
     @classmethod
@@ -258,19 +266,23 @@ class Folder(LabelledImages):
         return Inspection(sets, notes, problems)
 
 
-def _masks_found(folder: Path, found: Survey) -> dict[str, Path]:
+def _masks_found(folder: Path, found: Survey) -> dict[str, Path | DrawnMask]:
     """Those that there are, by id."""
-    files = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
-    pngs = {p.with_suffix("").as_posix(): path for p, path in files.items()}
-    return {image_id: pngs[name] for name, image_id in match(pngs, found.images, levels=2).items()}
+    if is_export(folder):
+        drawn = read_drawn(folder, found.classes)
+        files = {path.relative_to(found.root).as_posix(): image_id for image_id, path in found.images.items()}
+        return {files[file]: drawn[name] for name, file in match(drawn, files).items()}
+    pngs = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
+    known = {p.with_suffix("").as_posix(): path for p, path in pngs.items()}
+    return {image_id: known[name] for name, image_id in match(known, found.images, levels=2).items()}
 
 
-def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path]:
+def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path | DrawnMask]:
     masks = _masks_found(folder, found)
     if missing := [image_id for image_id in ids if image_id not in masks]:
         raise InputError(
             f"{len(missing)} of {len(ids)} images to evaluate on have no mask in {folder} ({first_names(missing)}): "
-            "add PNGs of the same path or of a file name that one image alone has, or list fewer images as val."
+            "add masks of the same path or of a file name that one image alone has, or list fewer images as val."
         )
     return [masks[image_id] for image_id in ids]
 

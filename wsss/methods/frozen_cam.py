@@ -118,6 +118,12 @@ class FrozenCAM(WSSSModule):
             return self.normalise(first)
         return super().multiscale(image, first)
 
+    def describe(self, split: str) -> dict[str, str]:
+        notes, alone = super().describe(split), self.cam_scales == (1.0,)
+        return {
+            key: note.replace("scales 1 with flip", "single scale") if alone else note for key, note in notes.items()
+        }
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         logits = self.classifier(self.dropout(batch["mean"])[:, :, None, None]).flatten(1)
         return self.combine({"cls": self.losses["cls"](logits, batch["label"])}, self.loss_weights)

@@ -251,12 +251,12 @@ class Stage(pl.LightningModule):
         for name in self.protocol.steps():  # the protocol is known only now
             if "miou" in self.metrics and f"{name}miou" not in self.metrics:
                 self.metrics[f"{name}miou"] = SegmentationIoU(1 + self.num_classes).to(self.device)
+        for metric in self.metrics.values():
+            metric.reset()  # here: what an evaluation in inference mode has left cannot be changed in a training
 
     def on_validation_epoch_end(self) -> None:
         figures = figures_of(self.metrics, self.classes, self.protocol)
         self.tables = tables_of(self.metrics, self.classes)
-        for metric in self.metrics.values():
-            metric.reset()
         self.log_dict({f"val/{key}": value for key, value in figures.items()}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

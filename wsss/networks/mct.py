@@ -29,16 +29,27 @@ class JointPosition(nn.Module):
         self.num_classes = class_part.shape[1]
         self.pos_embed = nn.Parameter(torch.cat([class_part, grid.flatten(2).mT], dim=1))
 
-    def forward(self, size: tuple[int, int], square: bool) -> Tensor:
-        """(1, C + h*w, D) for a grid of `size` (h, w); `square` images have as many rows as columns of pixels."""
+    def forward(self, size: tuple[int, int], pixels: tuple[int, int]) -> Tensor:
+        """(1, C + h*w, D) for a grid of `size` (h, w) and images of so many `pixels` (H, W)."""
         class_part, patches = self.pos_embed.split(
             [self.num_classes, self.pos_embed.shape[1] - self.num_classes], dim=1
         )
-        if square and size[0] * size[1] == patches.shape[1]:
+        if torch.onnx.is_in_onnx_export():  # of any size: no branch, and no factors that are constants of the graph
+            return torch.cat([class_part, self._resized(_to_grid(patches), size, pixels).flatten(2).mT], dim=1)
+        if pixels[0] == pixels[1] and size[0] * size[1] == patches.shape[1]:
             return self.pos_embed
         grid = _to_grid(patches)
         factors = [(side + 0.1) / grid.shape[-1] for side in size]
         return torch.cat([class_part, F.interpolate(grid, scale_factor=factors, mode="bicubic").flatten(2).mT], dim=1)
+
+    @staticmethod
+    def _resized(grid: Tensor, size: tuple[int, int], pixels: tuple[int, int]) -> Tensor:
+        """What `forward` makes of the grid (1, D, g, g), in operations on tensors alone."""
+        g = grid.shape[-1]
+        unlike = (pixels[0] - pixels[1]) ** 2 + (size[0] - g) ** 2  # 0 where the table is taken as it is
+        surplus = 0.1 * torch.full((), unlike, dtype=torch.float32).clamp(max=1)
+        rows, columns = (_bicubic(side, g, (side + surplus) / g) for side in size)
+        return rows @ grid @ columns.mT
 
     @staticmethod
     def from_pretrained(grid: Tensor, side: int) -> Tensor:
@@ -58,10 +69,10 @@ class SplitPosition(nn.Module):
         self.pos_embed_cls = nn.Parameter(class_part)
         self.pos_embed_pat = nn.Parameter(grid.flatten(2).mT)
 
-    def forward(self, size: tuple[int, int], square: bool) -> Tensor:
+    def forward(self, size: tuple[int, int], pixels: tuple[int, int]) -> Tensor:
         """(1, C + h*w, D); see `JointPosition.forward`."""
         patches: Tensor = self.pos_embed_pat
-        if not (square and size[0] * size[1] == patches.shape[1]):
+        if not (pixels[0] == pixels[1] and size[0] * size[1] == patches.shape[1]):
             patches = F.interpolate(_to_grid(patches), size=size, mode="bicubic").flatten(2).mT
         return torch.cat([self.pos_embed_cls, patches], dim=1)
 
@@ -78,6 +89,16 @@ def _to_grid(patches: Tensor) -> Tensor:
     """(1, g*g, D) -> (1, D, g, g)."""
     side = int(patches.shape[1] ** 0.5)
     return patches.mT.unflatten(2, (side, side))
+
+
+def _bicubic(length: int, side: int, scale: Tensor) -> Tensor:
+    """(length, side): the weights by which `F.interpolate(scale_factor=scale, mode="bicubic")` mixes an axis."""
+    at = (torch.arange(length) + 0.5) / scale - 0.5
+    taps = torch.arange(-1, 3)
+    d = (at[:, None] - at[:, None].floor() - taps).abs()  # (length, 4) distances from the four neighbours
+    weights = torch.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
+    neighbours = (at[:, None].floor().long() + taps).clamp(0, side - 1)
+    return (weights[:, :, None] * (neighbours[:, :, None] == torch.arange(side))).sum(1)
 
 
 class MCTTokens(NamedTuple):
@@ -158,8 +179,8 @@ class MCTEncoder(nn.Module):
             raise InputError(f"an image of {width}x{height} pixels is smaller than one patch of {self.patch_size}")
         patches = self.patch_embed.proj(image)  # (B, D, h, w)
         size = (patches.shape[-2], patches.shape[-1])
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches.flatten(2).mT], dim=1)
-        return tokens + self.position(size, square=height == width), size
+        tokens = torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
+        return tokens + self.position(size, (height, width)), size
 
     def forward(self, image: Tensor, attention: bool = False) -> MCTTokens:
         """image: (B, 3, H, W) normalised; `attention` maps cost time and memory."""

@@ -80,7 +80,7 @@ class ViTEncoder(nn.Module):
         side = int(grid.shape[1] ** 0.5)
         grid = grid.transpose(1, 2).unflatten(2, (side, side))
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        first = (class_token + position[:, :1]).expand(len(image), -1, -1)
+        first = (class_token + position[:, :1]).expand(image.shape[0], -1, -1)
         return torch.cat([first, (patches + grid).flatten(2).transpose(1, 2)], dim=1), (h, w)
 
     def forward(self, image: Tensor) -> Tokens:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from wsss import InputError
 from wsss.report.pictures import overlay
-from wsss.writing import write_mask, write_whole
+from wsss.writing import write_lines, write_mask, write_whole
 
 LONGEST_JPEG = 65_500
 """Side in pixels, of libjpeg."""
@@ -69,6 +69,10 @@ class MaskFolder:
             with write_whole(self.cams / f"{name}.npz") as file:
                 np.savez_compressed(file, cam=maps, ids=np.array(list(cams), np.int64))
         write_mask(self.masks / f"{name}.png", mask)  # last: where it is, all is
+
+    def write_classes(self, classes: Sequence[str]) -> None:
+        """masks/class_names.txt, a line for each class: whoever reads a mask finds them beside it."""
+        write_lines(self.masks / "class_names.txt", classes)
 
 
 def output_names(paths: Iterable[Path]) -> list[str]:

@@ -1,6 +1,7 @@
 """The dense conditional random field: labels that agree with their neighbours in place and colour."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,24 +48,30 @@ def dense_crf(
     if backend != "torch":
         raise InputError(f"crf backend {backend!r} does not exist: known are torch, pydensecrf")
     batch, labels, h, w = probability.shape
-    y, x = torch.meshgrid(*(torch.arange(n, device=image.device, dtype=torch.float32) for n in (h, w)), indexing="ij")
-    place = torch.stack([x, y], dim=-1).view(1, h * w, 2).expand(batch, -1, -1)
-    colour = image.float().flatten(2).mT
     sigma_xy, sigma_rgb, weight = bilateral
-    kernels = [
-        (gaussian[1], PermutohedralLattice(place / gaussian[0])),
-        (weight, PermutohedralLattice(torch.cat([place / sigma_xy, colour / sigma_rgb], dim=-1))),
-    ]
-    ones = torch.ones(batch, h * w, 1, device=image.device)
-    norms = [(kernel(ones) + 1e-20).rsqrt() for _, kernel in kernels]
-    unary = probability.float().clamp(min=1e-5).log().flatten(2).mT  # (B, H*W, K)
-    q = unary.softmax(dim=-1)
+    colour = image.float().flatten(2).mT / sigma_rgb
+    place = _places(h, w, image.device).expand(batch, -1, -1) / sigma_xy
+    appearance = PermutohedralLattice(torch.cat([place, colour], dim=-1)).normalise(weight)
+    smoothness = _smoothness(batch, h, w, float(gaussian[0]), float(gaussian[1]), image.device)
+    # labels lead, so that the softmax runs along pixels; the filters take and give pixels first
+    unary = probability.float().clamp(min=1e-5).log().transpose(0, 1).flatten(1)  # (K, B*H*W)
+    q = unary.softmax(dim=0)
     for _ in range(iterations):
-        message = unary.clone()
-        for (strength, kernel), norm in zip(kernels, norms, strict=True):
-            message += strength * norm * kernel(norm * q)
-        q = message.softmax(dim=-1)
-    return q.mT.reshape(batch, labels, h, w)
+        rows = q.t().contiguous()[None]
+        q = (unary + (smoothness(rows) + appearance(rows))[0].t()).softmax(dim=0)
+    return q.view(labels, batch, h, w).transpose(0, 1)
+
+
+def _places(h: int, w: int, device: torch.device) -> Tensor:
+    """(1, h * w, 2) columns and rows of all pixels."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in (h, w)), indexing="ij")
+    return torch.stack([x, y], dim=-1).view(1, h * w, 2)
+
+
+@lru_cache(maxsize=2)
+def _smoothness(batch: int, h: int, w: int, sigma: float, weight: float, device: torch.device) -> PermutohedralLattice:
+    """The smoothness kernel, which depends on nothing of an image but its size; images of one size come in rows."""
+    return PermutohedralLattice((_places(h, w, device) / sigma).expand(batch, -1, -1)).normalise(weight)
 
 
 def _pydensecrf(

@@ -53,11 +53,19 @@ class PAR(nn.Module):
 
     def weights(self, image: Tensor) -> Tensor:
         """(B, N, h, w) weight of every neighbour for every pixel of images (B, 3, h, w) in [0, 1]."""
-        around = torch.stack(self.neighbours(image))  # (N, B, 3, h, w)
-        centred = around - around.mean(dim=0)
-        spread = (centred.square().sum(dim=0) / (len(around) - 1)).sqrt() + 1e-8  # Tensor.std is many times slower
-        colour = -((around - image).abs_() / spread / self.w1).square().mean(dim=2)  # (N, B, h, w)
-        return (colour.softmax(dim=0) + self.position[:, None, None, None]).transpose(0, 1)
+        # view by view: all of them at once would be read and written from memory several times
+        around = self.neighbours(image)
+        mean, squares = torch.zeros_like(image), torch.zeros_like(image)
+        for view in around:
+            mean += view
+        mean /= len(around)
+        for view in around:
+            squares.addcmul_(difference := view - mean, difference)
+        width = ((squares / (len(around) - 1)).sqrt_() + 1e-8) * self.w1
+        colour = image.new_empty(len(around), len(image), *image.shape[-2:])
+        for view, distance in zip(around, colour, strict=True):
+            torch.mean(((view - image) / width).square_(), dim=1, out=distance)
+        return (colour.neg_().softmax(dim=0) + self.position[:, None, None, None]).transpose(0, 1)
 
     @torch.no_grad()
     def forward(self, image: Tensor, masks: Tensor) -> Tensor:

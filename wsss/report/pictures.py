@@ -1,5 +1,6 @@
 """Pictures of masks and maps."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ def paint(mask: Array) -> Array:
     return np.where((mask == 255)[:, :, None], 255, palette()[mask.astype(np.uint8)]).astype(np.uint8)
 
 
-def heat(image: Array, cam: Array) -> Array:
-    """(H, W, 3) uint8 image under a heat map of (H, W) values in [0, 1]."""
-    coloured = cv2.applyColorMap((255 * cam.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_JET)[:, :, ::-1]
+def heat(image: Array, cam: Array, colours: int = cv2.COLORMAP_JET) -> Array:
+    """(H, W, 3) uint8 image under a heat map of (H, W) values in [0, 1], in one of OpenCV's colour maps."""
+    coloured = cv2.applyColorMap((255 * cam.clip(0, 1)).astype(np.uint8), colours)[:, :, ::-1]
     return (0.5 * image + 0.5 * coloured).astype(np.uint8)
 
 
@@ -65,3 +66,55 @@ def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str]
             sheet.paste(tile, (gap + x * (side + gap), head + gap + y * (side + gap)))
     with write_whole(path) as file:
         sheet.save(file, format="PNG")
+
+
+def thumbnail(value: Array, image: Array, longest: int = 320) -> tuple[bytes, tuple[int, int]]:
+    """A WebP file of what `Stage.illustrate` gives, and its width and height: small, and clear without colours.
+
+    Heat is drawn in viridis, which rises in brightness. In masks the number of each class stands in its largest part,
+    and what is undecided is hatched. Small images are enlarged, so that numbers fit.
+
+    Args:
+        value: bytes (H, W, 3), floats (H, W) in [0, 1], or ids (H, W).
+        image: uint8 (H, W, 3), which heat is drawn upon.
+        longest: side in pixels.
+    """
+    height, width = value.shape[:2]
+    factor = longest / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
+    if value.ndim == 3:
+        picture = cv2.resize(value.astype(np.uint8), size, interpolation=smooth)
+    elif value.dtype.kind == "f":
+        below = cv2.resize(image.astype(np.uint8), size, interpolation=smooth)
+        picture = heat(below, cv2.resize(value.astype(np.float32), size), cv2.COLORMAP_VIRIDIS)
+    else:
+        picture = numbered(cv2.resize(value.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT))
+    with io.BytesIO() as file:
+        Image.fromarray(np.ascontiguousarray(picture)).save(file, format="WEBP", quality=80, method=4)
+        return file.getvalue(), size
+
+
+def numbered(mask: Array) -> Array:
+    """`paint`, with the number of each class upon its largest part, and hatches where nothing is decided."""
+    picture = paint(mask)
+    rows, columns = np.indices(mask.shape)
+    picture[(mask == UNDECIDED) & ((rows + columns) % 8 < 2)] = 120
+    for number in np.unique(mask[(mask > 0) & (mask != UNDECIDED)]).tolist():
+        _, parts, statistics, _ = cv2.connectedComponentsWithStats((mask == number).astype(np.uint8))
+        part = 1 + int(statistics[1:, cv2.CC_STAT_AREA].argmax())
+        depth = cv2.distanceTransform(np.pad((parts == part).astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+        _, deepest, _, (x, y) = cv2.minMaxLoc(depth)
+        if deepest < LEAST_DEPTH:
+            continue
+        text, font = str(number), cv2.FONT_HERSHEY_SIMPLEX
+        (wide, high), _ = cv2.getTextSize(text, font, 0.6, 2)
+        place = (int(x - wide / 2), int(y + high / 2))
+        cv2.putText(picture, text, place, font, 0.6, (0, 0, 0), 4, cv2.LINE_AA)
+        cv2.putText(picture, text, place, font, 0.6, (255, 255, 255), 2, cv2.LINE_AA)
+    return picture
+
+
+UNDECIDED = 255
+LEAST_DEPTH = 7
+"""Pixels from a part's border to where its number stands; in smaller ones there is no room for it."""
