@@ -89,6 +89,25 @@ def test_bit_equal_features(tmp_path: Path) -> None:
     assert agreeing > 100
 
 
+def test_bit_equal_from_a_frozen_classifier(tmp_path: Path, command: Command) -> None:
+    """Fine-tuning, whose start is given again; the checkpoint stands on its own."""
+    first = tmp_path / "first/checkpoints/last.ckpt"
+    assert call("train", *settings("frozen_cam", steps=3, workers=0), f"hydra.run.dir={first.parents[1]}") == 0
+    network = ["method.backbone=resnet10t", "method.backbone_args=null", "method.freeze_norm=true"]
+    arguments = [*settings("cam", steps=6, workers=0), *network, f"method.init_checkpoint={first}"]
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    again = [*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto"]
+    for step in (1, 3, 5):
+        interrupted(*again, step=step, method="wsss.methods.cam.CAM")
+    assert call("train", *again) == 0
+    agreeing, different = compare(tmp_path / "a", tmp_path / "b")
+    assert different == []
+    assert agreeing > 100
+    first.unlink()
+    ended = command("eval", f"checkpoint={tmp_path / 'a/checkpoints/last.ckpt'}", f"hydra.run.dir={tmp_path / 'c'}")
+    assert ended.code == 0, ended.err
+
+
 @pytest.mark.slow
 def test_killed() -> None:
     script = Path(__file__).parent / "kill.py"

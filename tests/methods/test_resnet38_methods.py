@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 from wsss import InputError
 from wsss.config import build, config_dir
 from wsss.methods.base import WSSSModule
+from wsss.methods.cam import CAM
+from wsss.methods.frozen_cam import FrozenCAM
 from wsss.methods.rcm_mam import RCMMAM
 
 SLIM = {"width": 4, "frozen_stages": 0, "batch_norm_momentum": 0.1}
@@ -145,6 +147,127 @@ def test_gradients_of_the_pixel_correlation_stay_in_its_layers() -> None:
         found = {n.split(".")[0] for n, p in module.head.named_parameters() if p.grad is not None and p.grad.any()}
         assert found == learning, key
         assert (module.backbone.conv1a.weight.grad is None) == (key == "ecr")
+
+
+LITE: dict[str, Any] = {"backbone": "resnet10t", "backbone_args": {"output_stride": 16}}
+
+
+def frozen_checkpoint(path: Path, **arguments: Any) -> FrozenCAM:
+    """A classifier on frozen features, and its file as a training leaves it."""
+    torch.manual_seed(2)
+    first = FrozenCAM(
+        3, ("ant", "bee", "cow"), "resnet10t", None, LITE["backbone_args"], 64, propagation=None, **arguments
+    )
+    for tensor in first.frozen.buffers():
+        tensor.copy_(torch.rand_like(tensor, dtype=torch.float) + 0.5)  # as statistics of weights are
+    torch.save({"state_dict": first.state_dict(), "wsss": {"classes": list(first.classes), "mean": [0.5] * 3}}, path)
+    return first
+
+
+def named(name: str, **arguments: Any) -> Any:
+    node: Any = OmegaConf.load(config_dir() / "method" / f"{name}.yaml")
+    node.backbone_args = None  # rcm_mam has one for ResNet38
+    node = OmegaConf.merge(node, OmegaConf.create({**LITE, **arguments}))
+    return build(node, "method", num_classes=3, classes=("ant", "bee", "cow"))
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("cam", None), ("rcm_mam", 8)])
+def test_starting_from_a_frozen_classifier(tmp_path: Path, name: str, hidden: int | None) -> None:
+    """Its maps, but for the biases, are those that the training begins with, and the images are normalised alike."""
+    path = tmp_path / "frozen.ckpt"
+    first = frozen_checkpoint(path, hidden=hidden).eval()
+    for parameter_name, parameter in first.classifier.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    features: dict[str, Any] = {} if hidden is None else {"features": hidden}
+    second = named(name, init_checkpoint=str(path), freeze_norm=True, **features)
+    assert second.mean == (0.5, 0.5, 0.5)
+    image = torch.randn(2, 3, 64, 96)
+    expected = first(image)
+    for mode in (False, True):  # dropout of the features alone tells training from evaluation
+        second.train(mode)
+        if name == "cam":
+            second.dropout.eval()
+        output = second(image)
+        torch.testing.assert_close(output["logits"], expected["logits"])
+        torch.testing.assert_close(output["cam"].relu(), expected["cam"])
+    if name == "rcm_mam":
+        for main, support in zip(second.main.parameters(), second.support.parameters(), strict=True):
+            assert torch.equal(main, support)
+
+
+def test_starting_a_classifier_from_its_own_checkpoint(tmp_path: Path) -> None:
+    first = named("cam")
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    second = named("cam", init_checkpoint=str(tmp_path / "first.ckpt"))
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("cam", {"hidden": 8}, "has unknown classifier.2.weight (1 in all) and has other shapes for fc8.weight"),
+        ("cam", {"hidden": 8}, "give one of method=cam, or of frozen_cam with this backbone and method.hidden=null"),
+        ("rcm_mam", {}, "does not fit this network (main.*): it lacks fc9.weight (1 in all) and has other shapes for"),
+        ("rcm_mam", {}, "frozen_cam with this backbone and method.hidden=256"),
+        ("rcm_mam", {"hidden": 8}, "has other shapes for fc8.weight, fc9.weight (2 in all)"),
+    ],
+    ids=str,
+)
+def test_other_checkpoints_are_refused(tmp_path: Path, name: str, arguments: dict[str, Any], said: str) -> None:
+    path = tmp_path / "frozen.ckpt"
+    frozen_checkpoint(path, **arguments)
+    with pytest.raises(InputError) as refused:
+        named(name, init_checkpoint=str(path))
+    assert said in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path) -> None:
+    frozen_checkpoint(tmp_path / "frozen.ckpt")
+    with pytest.raises(InputError, match=r"knows the classes ant, bee, cow, but the data have bee, ant, cow"):
+        CAM(3, ("bee", "ant", "cow"), **LITE, init_checkpoint=str(tmp_path / "frozen.ckpt"))
+
+
+@pytest.mark.parametrize("network", [LITE, {"backbone": "resnet38", "backbone_args": SLIM}], ids=["timm", "resnet38"])
+@pytest.mark.parametrize("name", ["cam", "rcm_mam"])
+def test_frozen_batch_norms(name: str, network: dict[str, Any], tmp_path: Path) -> None:
+    """A step changes every convolution, but nothing of a batch norm, and the optimizer does not know them."""
+    module = named(name, freeze_norm=True, momentum=0.9, **network).train()
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    main = getattr(module, "main", module)
+    own = {id(p) for norm in norms for p in norm.parameters()}
+    before = {key: tensor.clone() for key, tensor in main.state_dict().items()}
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader([batch()], batch_size=None))  # type: ignore[arg-type]
+    known = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert known == {id(p) for p in main.parameters()} - own
+    moved = {key for key, tensor in main.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert moved == {key for key, p in main.named_parameters() if id(p) not in own}
+    assert not named(name, **network).train().state_dict().keys() ^ module.state_dict().keys()
+    if name == "cam":
+        weights, biases, head, _ = trainer.optimizers[0].param_groups
+        assert [id(p) for p in head["params"]] == [id(module.fc8.weight)]
+        assert (head["initial_lr"], weights["initial_lr"], biases["params"]) == (0.1, 0.01, [])
+
+
+def test_arguments_of_resnet38_do_not_fit_others() -> None:
+    for name in ("cam", "rcm_mam"):
+        with pytest.raises(InputError, match=r"resnet10t does not take the backbone_args width, .*args=null"):
+            method(name, backbone="resnet10t")
+    with pytest.raises(InputError, match=r"does not fit resnet10t: .*'nonsense'"):
+        method("cam", backbone="resnet10t", backbone_args={"nonsense": 1})
 
 
 def test_any_network_of_timm() -> None:

@@ -13,6 +13,7 @@ from wsss.cam import by_max
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.cnn import CNN
 from wsss.networks.resnet38 import compare_released, with_counters
+from wsss.networks.weights import start_classifier
 from wsss.optim import sgd_poly
 
 
@@ -29,6 +30,10 @@ class CAM(WSSSModule):
         weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag, the name of
             an installed package (`efficientnet_lite0`), or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor, e.g. `output_stride`.
+        init_checkpoint: a checkpoint of this method, or of `frozen_cam` with this backbone, to start from: a classifier
+            that fits the backbone already does not disturb it in the first steps.
+        freeze_norm: batch norms keep the statistics, scales and shifts that the weights bring, as small batches need.
+            Those of ResNet38 do anyway, unless `backbone_args.batch_norm_momentum` is set.
         dropout: probability that a channel of the last features is dropped.
         cam_scales: scales of the multi-scale maps; 1 always takes part.
         background_threshold: up to this value a CAM means background in the evaluation.
@@ -41,6 +46,7 @@ class CAM(WSSSModule):
     """
 
     photographic_scales = True
+    start_arguments = ("weights", "init_checkpoint")
     fuse = staticmethod(torch.add)
     normalise = staticmethod(by_max)
 
@@ -51,6 +57,8 @@ class CAM(WSSSModule):
         backbone: str = "resnet38",
         weights: str | None = None,
         backbone_args: Mapping[str, Any] | None = None,
+        init_checkpoint: str | None = None,
+        freeze_norm: bool = False,
         dropout: float = 0.5,
         cam_scales: Sequence[float] = (1.0, 0.5, 1.5, 2.0),
         background_threshold: float = 0.2,
@@ -63,11 +71,16 @@ class CAM(WSSSModule):
         losses = {"cls": {"weight": 1.0}} if losses is None else losses
         super().__init__(num_classes, classes, background_threshold, cam_scales, losses, ("cls",))
         self.save_hyperparameters()
-        self.backbone = CNN(backbone, weights, backbone_args)
+        self.backbone = CNN(backbone, weights, backbone_args, freeze_norm)
         self.mean, self.std = self.backbone.normalisation or (self.mean, self.std)
         self.dropout = nn.Dropout2d(dropout)
         self.fc8 = nn.Conv2d(self.backbone.channels, num_classes, 1, bias=False)
         nn.init.xavier_uniform_(self.fc8.weight)
+        if init_checkpoint is not None:
+            network = nn.ModuleDict({"backbone": self.backbone, "fc8": self.fc8})
+            advice = "give one of method=cam, or of frozen_cam with this backbone and method.hidden=null"
+            origin = start_classifier(network, init_checkpoint, self.classes, ("fc8",), advice)
+            self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), not negative; seg None."""

@@ -19,7 +19,7 @@ from wsss.cam import by_max, resize
 from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
-from wsss.networks.weights import misfit, read_content, state_dict_of
+from wsss.networks.weights import start_classifier
 from wsss.optim import sgd_poly, update_average
 from wsss.refine.thresholds import cam_to_label
 
@@ -34,9 +34,10 @@ class TwoLayerNet(nn.Module):
         backbone: str,
         weights: str | None,
         backbone_args: Mapping[str, Any] | None,
+        freeze_norm: bool,
     ) -> None:
         super().__init__()
-        self.backbone = CNN(backbone, weights, backbone_args)
+        self.backbone = CNN(backbone, weights, backbone_args, freeze_norm)
         self.fc8 = nn.Conv2d(self.backbone.channels, features, 1, bias=False)
         self.fc9 = nn.Conv2d(features, num_classes, 1, bias=False)
         for layer in (self.fc8, self.fc9):
@@ -63,7 +64,10 @@ class RCMMAM(WSSSModule):
         weights: None; of ResNet38 MXNet's `.params` file or a `.pth` file; else a timm tag, the name of
             an installed package (`efficientnet_lite0`), or a file.
         backbone_args: arguments of `ResNet38` or of timm's constructor.
-        init_checkpoint: a checkpoint of this method to start both networks from, e.g. of a run without `mam`.
+        init_checkpoint: a checkpoint of this method to start both networks from, e.g. of a run without `mam`; or one of
+            `frozen_cam` with this backbone and `hidden` equal to `features`.
+        freeze_norm: batch norms keep the statistics, scales and shifts that the weights bring, as small batches need.
+            Those of ResNet38 do anyway, unless `backbone_args.batch_norm_momentum` is set.
         features: D, channels of the features that are contrasted.
         ema_momentum: share of the support network that stays at each step.
         main_scales: scales of the main network's CAMs in `mam`.
@@ -100,6 +104,7 @@ class RCMMAM(WSSSModule):
         weights: str | None = None,
         backbone_args: Mapping[str, Any] | None = None,
         init_checkpoint: str | None = None,
+        freeze_norm: bool = False,
         features: int = 256,
         ema_momentum: float = 0.997,
         main_scales: Sequence[float] = (0.5, 1.0, 2.0),
@@ -127,7 +132,7 @@ class RCMMAM(WSSSModule):
         for name, value in (("mam_fraction", mam_fraction), ("ema_momentum", ema_momentum)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}: expected 0 to 1")
-        self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args)
+        self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args, freeze_norm)
         self.mean, self.std = self.main.backbone.normalisation or (self.mean, self.std)
         self.prototype_rules: dict[str, Callable[[Tensor], Tensor]] = {
             "mean": mean_prototypes,
@@ -142,21 +147,17 @@ class RCMMAM(WSSSModule):
             self.start_from(init_checkpoint)
 
     def start_from(self, path: str) -> None:
-        """Both networks' weights, and how their images are normalised, from a checkpoint of this method.
+        """Both networks' weights, and how their images are normalised, from a checkpoint.
 
         Raises:
-            InputError: it cannot be read, or is of another network.
+            InputError: it cannot be read, or is of another network or of other classes.
         """
-        content = read_content(path)
-        state = state_dict_of(content, path)
+        hidden = self.hparams.features
+        advice = f"give one of method=rcm_mam, or of frozen_cam with this backbone and method.hidden={hidden}"
         for name in ("main", "support"):
-            own = {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
-            network: nn.Module = getattr(self, name)
-            if said := misfit(network.state_dict(), own):
-                raise InputError(f"init_checkpoint {path} does not fit this network ({name}.*): it {said}")
-            network.load_state_dict(own)
-        if isinstance(origin := content.get("wsss"), dict):
-            self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
+            network, layers = getattr(self, name), ("fc8", "fc9")
+            origin = start_classifier(network, path, self.classes, layers, advice, prefix=f"{name}.")
+        self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
 
     def train(self, mode: bool = True) -> "RCMMAM":
         """The support network stays in evaluation mode."""

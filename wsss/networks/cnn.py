@@ -1,7 +1,7 @@
 """Convolutional networks behind one interface: image in, last features out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,21 @@ class CNN(nn.Module):
         weights: None; of ResNet38 see there; else a timm tag, a name of `pretrained.PACKAGES`, or a `.pth` or
             `.safetensors` file.
         arguments: arguments of `ResNet38`, or of timm's constructor; None leaves one as it is.
+        freeze_norm: batch norms keep their statistics, scales and shifts.
 
     Raises:
         InputError: unknown backbone, argument or tag; a file that does not fit; a network without maps of features.
     """
 
     def __init__(
-        self, backbone: str = "resnet38", weights: str | None = None, arguments: Mapping[str, Any] | None = None
+        self,
+        backbone: str = "resnet38",
+        weights: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        freeze_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.name = backbone
+        self.name, self.freeze_norm = backbone, freeze_norm
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
         self.body: nn.Module
         self.channels: int
@@ -39,18 +44,43 @@ class CNN(nn.Module):
         if backbone == "resnet38":
             self.body = body = ResNet38.build(weights, given)
             self.channels, self.loaded = body.channels[-1], body.loaded
-            return
-        self.body, self.loaded = create_timm(backbone, weights, given | {"global_pool": ""})
+        else:
+            self.channels, self.loaded = self._build_timm(backbone, weights, given)
+        for norm in self._frozen():
+            norm.requires_grad_(False)
+        self.train()
+
+    def _build_timm(self, backbone: str, weights: str | None, given: dict[str, Any]) -> tuple[int, str | None]:
+        """The channels of its features, and which weights it has."""
+        try:
+            self.body, loaded = create_timm(backbone, weights, given | {"global_pool": ""})
+        except InputError as error:
+            foreign = [name for name in ResNet38.arguments() if name in given]
+            if any(f"'{name}'" in str(error) for name in foreign):
+                raise InputError(
+                    f"{backbone} does not take the backbone_args {', '.join(foreign)} of resnet38, which a recipe may "
+                    "have set: set them to null, or all there are by method.backbone_args=null"
+                ) from error
+            raise
         settings: Any = self.body.pretrained_cfg
         if weights is not None:
             self.normalisation = tuple(settings["mean"]), tuple(settings["std"])
         size = settings["input_size"]  # a transformer takes no other
         with torch.no_grad():
             shape = self.eval()(torch.zeros(1, *size)).shape
-        self.train()
         if len(shape) != 4:
             raise InputError(f"backbone {backbone!r} gives no maps of features: expected resnet38 or a timm CNN")
-        self.channels = shape[1]
+        return shape[1], loaded
+
+    def _frozen(self) -> Iterator[nn.Module]:
+        return (m for m in self.body.modules() if self.freeze_norm and isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def train(self, mode: bool = True) -> "CNN":
+        """What is frozen stays in evaluation mode."""
+        super().train(mode)
+        for norm in self._frozen():
+            norm.eval()
+        return self
 
     def forward(self, image: Tensor) -> Tensor:
         """image: (B, 3, H, W) normalised."""

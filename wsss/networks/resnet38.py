@@ -165,10 +165,14 @@ class ResNet38(nn.Module):
             InputError: as the constructor, and for an unknown argument.
         """
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
-        known = [name for name in inspect.signature(cls).parameters if name != "weights"]
-        if unknown := given.keys() - known:
+        if unknown := given.keys() - set(known := cls.arguments()):
             raise InputError(f"backbone_args.{min(unknown)}: resnet38 takes {', '.join(known)}")
         return cls(weights, **given)
+
+    @classmethod
+    def arguments(cls) -> list[str]:
+        """Names of `backbone_args`."""
+        return [name for name in inspect.signature(cls).parameters if name != "weights"]
 
     def load(self, path: str) -> str:
         """Load all weights of the body from a file and say which, see `networks.weights.load_weights`.

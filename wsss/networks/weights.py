@@ -141,13 +141,66 @@ def start_backbone(backbone: nn.Module, path: str) -> None:
         InputError: it cannot be read, or is of another network.
     """
     own = {name.removeprefix("body."): name for name in backbone.state_dict()}  # some methods have the body alone
-    state = {name.removeprefix("main."): tensor for name, tensor in read_state_dict(path).items()}
+    state = {name.removeprefix("main."): tensor for name, tensor in unfrozen(read_state_dict(path)).items()}
     found = {
         n.removeprefix("backbone.").removeprefix("body."): t for n, t in state.items() if n.startswith("backbone.")
     }
     if said := misfit({short: backbone.state_dict()[name] for short, name in own.items()}, found):
         raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
     backbone.load_state_dict({own[short]: tensor for short, tensor in found.items()})
+
+
+def start_classifier(
+    network: nn.Module, path: str, classes: Sequence[str], layers: Sequence[str], advice: str, prefix: str = ""
+) -> Mapping[str, Any]:
+    """A network's `backbone` and `layers` from a checkpoint of its own method, or of `frozen_cam` with the same ones.
+
+    Args:
+        network: its layers are convolutions without biases.
+        path: of the checkpoint.
+        classes: that the network knows.
+        layers: names of its layers, the last of which scores the classes.
+        advice: the end of the message.
+        prefix: what the names begin with in checkpoints of its own method.
+
+    Returns:
+        What the checkpoint says of itself, `mean` and `std` among it; empty where it says nothing.
+
+    Raises:
+        InputError: it cannot be read, is of another network or of other classes.
+    """
+    content = read_content(path)
+    state = state_dict_of(content, path)
+    own = unfrozen(state, layers)
+    if own.keys() == state.keys():
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if said := misfit(network.state_dict(), own):
+        raise InputError(f"init_checkpoint {path} does not fit this network ({prefix}*): it {said}; {advice}")
+    origin = content.get("wsss")
+    origin = origin if isinstance(origin, dict) else {}
+    if list(origin.get("classes", classes)) != list(classes):
+        raise InputError(
+            f"init_checkpoint {path} knows the classes {', '.join(map(str, origin['classes']))}, but the data have "
+            f"{', '.join(classes)}: start from one of the same classes, in the same order"
+        )
+    network.load_state_dict(own)
+    return origin
+
+
+def unfrozen(state: Mapping[str, Tensor], layers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """State of `frozen_cam` under the names `backbone` and `layers` of networks that learn; of others it stays.
+
+    The biases of its classifier are left out: they are near 0, and its maps hardly change without.
+    """
+    if not any(name.startswith("frozen.") for name in state):
+        return dict(state)
+    kernels = [name for name in state if name.startswith("classifier.") and name.endswith(".weight")]
+    names = {kernel: f"{layer}.weight" for kernel, layer in zip(kernels, layers, strict=False)}
+    return {
+        names.get(name, re.sub(r"^frozen\.", "backbone.", name)): tensor
+        for name, tensor in state.items()
+        if not (name.startswith("classifier.") and name.endswith(".bias"))
+    }
 
 
 def without_prefixes(state: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
