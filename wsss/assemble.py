@@ -19,7 +19,7 @@ from wsss.config import (
     instantiate,
     plain_values,
 )
-from wsss.data.base import Images, ImageSubset, as_images, inspect_items
+from wsss.data.base import Images, ImageSubset, as_images, digest, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import few, masks_misfit, sample, shared, unseen
 from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
@@ -118,14 +118,13 @@ def add_pixels(
     return (kind(ImageSubset(images, list(seen)), folder) if bad else supervised), bad
 
 
-def check_views(method: "Stage", data: DataModule, name: str, transform: str | None) -> None:
-    """Whether a training batch holds what a method learns from; `name` and `transform` are what the user chose.
+def check_supervision(method: "Stage", data: DataModule, name: str) -> None:
+    """Whether there are the pixels that a method learns from, and no others; `name` is what the user chose.
 
     Raises:
-        InputError: it does not; or there are pixels that the method does not learn from.
+        InputError: there are not.
     """
-    train = data.train.source if isinstance(data.train, FeatureImages) else data.train
-    given = train.setting if isinstance(train, FromFolder) else None
+    given = data.train.setting if isinstance(data.train, FromFolder) else None
     if given not in (None, method.supervision):
         raise InputError(f"{name} has no use for {given}: leave the setting out")
     if given != method.supervision:
@@ -133,6 +132,14 @@ def check_views(method: "Stage", data: DataModule, name: str, transform: str | N
             f"{name} learns from pixels: add {method.supervision}=FOLDER with a file of every training image, as "
             "wsss-label writes them"
         )
+
+
+def check_views(method: "Stage", data: DataModule, name: str, transform: str | None) -> None:
+    """Whether a training batch holds what a method learns from; `name` and `transform` are what the user chose.
+
+    Raises:
+        InputError: it does not.
+    """
     if missing := [view for view in method.views if view not in data.first_item()]:
         raise InputError(
             f"{name} learns from the views {', '.join(missing)}, which transform={transform} does not make: choose "
@@ -172,28 +179,44 @@ def use_features(cfg: DictConfig, method: "Stage", data: DataModule) -> None:
     """
     if method.learns_from == "image":
         return
-    for split in ("train", "val"):
-        if (images := getattr(data, split)) is not None:
-            setattr(data, split, with_features(cfg, method, images, pooled=method.learns_from == "mean"))
+    sets = {split: images for split in ("train", "val") if (images := getattr(data, split)) is not None}
+    names = {split: feature_names(images) for split, images in sets.items()}
+    kept = [name for found in names.values() for name in found]
+    for split, images in sets.items():
+        pooled = split == "train" and method.learns_from == "mean"
+        found, bad = with_features(cfg, method, images, names[split], cfg.data.num_workers, kept, pooled)
+        if bad:
+            raise InputError(bad[0])
+        setattr(data, split, found)
 
 
-def with_features(cfg: DictConfig, method: Any, images: Images, pooled: bool = False) -> FeatureImages:
-    """`use_features` of one data set."""
-    store = FeatureStore(cfg.features.folder, method.frozen.key, cfg.features.limit_gb)
-    names = feature_names(images)
+def with_features(
+    cfg: DictConfig,
+    method: Any,
+    images: Images,
+    names: Sequence[str],
+    num_workers: int,
+    kept: Sequence[str] = (),
+    pooled: bool = False,
+) -> tuple[FeatureImages, list[str]]:
+    """`use_features` of one data set, and a sentence for each image that cannot be used."""
+    key = digest(method.frozen.key, method.mean, method.std, method.protocol.max_side)[:16]
+    store = FeatureStore(cfg.features.folder, key, cfg.features.limit_gb)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method.frozen.to(device)
-    made = fill(
+    made, bad = fill(
         store,
         images,
         names,
         Normalise(method.mean, method.std),
         lambda image: method.frozen(method.sized(image.to(device))),
-        cfg.data.num_workers if "data" in cfg else cfg.num_workers,
+        num_workers,
         partial(progress, description="features"),
+        kept,
     )
     print(f"features of {len(names)} images, {made} of them computed now, in {store.folder}")
-    return FeatureImages(images, store, names, pooled, window=round(method.frozen.size / method.frozen.cell))
+    window = round(method.frozen.size / method.frozen.cell)
+    return FeatureImages(images, store, names, pooled, window), bad
 
 
 def fit_sizes(images: Images, method: "Stage", on_bad_image: str) -> tuple[Images, list[str]]:

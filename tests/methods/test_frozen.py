@@ -63,6 +63,7 @@ def test_propagation(power: float, steps: int) -> None:
         ("resnet10t", {"output_stride": 16}, 16),
         ("tf_efficientnet_lite0", {"output_stride": 16}, 16),
         ("vit_tiny_patch16_224", {"depth": 3, "embed_dim": 24, "num_heads": 2}, 16),
+        ("deit_tiny_distilled_patch16_224", {"depth": 3, "embed_dim": 24, "num_heads": 2}, 16),
     ],
 )
 def test_networks(backbone: str, arguments: dict[str, Any] | None, cell: int) -> None:
@@ -76,6 +77,8 @@ def test_networks(backbone: str, arguments: dict[str, Any] | None, cell: int) ->
     torch.testing.assert_close(network.finish(maps.stages), maps.final)
     if "efficientnet" in backbone:
         torch.testing.assert_close(maps.final, network.body.forward_features(image))
+    if backbone.startswith(("vit", "deit")):  # another scale of an image is no whole number of patches
+        assert network(image[..., :41]).final.shape[-2:] == (6, 2)
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert not network.train().training
 
@@ -83,6 +86,9 @@ def test_networks(backbone: str, arguments: dict[str, Any] | None, cell: int) ->
 def test_working_size(frozen: FrozenNetwork) -> None:
     assert frozen.resize(torch.zeros(1, 3, 300, 200)).shape[-2:] == (64, 48)
     assert frozen.resize(torch.zeros(1, 3, 8, 400)).shape[-2:] == (16, 64)  # at least a cell
+    network = FrozenNetwork("resnet10t", None, None, 360)
+    longest = {max(network.resize(torch.zeros(1, 3, 8, side)).shape[-2:]) for side in range(330, 345)}
+    assert longest == {round(360 / 16) * 16}
     same = torch.rand(1, 3, 64, 32)
     assert frozen.resize(same) is same
 
@@ -93,6 +99,10 @@ def test_key(frozen: FrozenNetwork) -> None:
     assert again.key == frozen.key
     again.size = 96
     assert again.key != frozen.key
+    torch.manual_seed(0)
+    finer = FrozenNetwork("resnet10t", None, {"output_stride": 16}, 64)
+    assert finer.cell == frozen.cell
+    assert finer.key != frozen.key
     torch.manual_seed(1)
     assert FrozenNetwork("resnet10t", None, None, 64).key != frozen.key
 
@@ -122,8 +132,8 @@ def test_store(images: LabelledImages, tmp_path: Path, frozen: FrozenNetwork) ->
         return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
     how: Any = (normalise, compute, 0, as_is)
-    assert fill(store, images, names, *how) == 3
-    assert fill(store, images, names, *how) == 0
+    assert fill(store, images, names, *how) == (3, [])
+    assert fill(store, images, names, *how) == (0, [])
     assert len(asked) == 3
     item = FeatureImages(images, store, names, pooled=False, window=4)[2]
     expected = frozen(frozen.resize(normalise(item["image"])[None]))
@@ -135,7 +145,7 @@ def test_store(images: LabelledImages, tmp_path: Path, frozen: FrozenNetwork) ->
     store.path(names[1]).write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"cannot be read any more: repeat the command"):
         store.read(names[1], "stages")
-    assert fill(store, images, names, *how) == 1
+    assert fill(store, images, names, *how) == (1, [])
     # another image under the same path
     images.images[0].write_bytes(images.images[2].read_bytes())
     assert feature_names(images)[0] != names[0]

@@ -58,7 +58,8 @@ def label(cfg: DictConfig) -> int:
         if rank == 0:
             write_skipped(folder.out, skipped)
         pending = [index for index in range(rank, len(ids), world) if not folder.has(ids[index])]
-        failed = make(images, pending, folder, method, refine, cfg.num_workers)
+        source = with_known_features(cfg, method, images, pending)
+        failed = make(source, pending, folder, method, refine, cfg.num_workers)
         of = f", share {rank} of {world}" if world > 1 else ""
         print(f"{len(pending) - len(failed)} masks made{of} -> {folder.files.masks}")
         if failed:
@@ -124,7 +125,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     """
     from dataclasses import asdict
 
-    from wsss.assemble import fit_sizes, open_images, with_features
+    from wsss.assemble import fit_sizes, open_images
     from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.base import as_images
     from wsss.methods.base import WSSSModule
@@ -149,8 +150,6 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     if cfg.on_bad_image == "skip":
         images, small = fit_sizes(images, method, cfg.on_bad_image)
         skipped += small
-    if method.learns_from != "image":
-        images = with_features(cfg, method, images)
     arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
     settings = {group: choices[group] for group in ("method", "dataset", "refine")}
     settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
@@ -164,6 +163,20 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     }
     origin |= {"fingerprint": images.fingerprint, "classes": images.classes, "settings": settings}
     return images, method, origin, skipped
+
+
+def with_known_features(cfg: DictConfig, method: "WSSSModule", images: "Images", pending: Sequence[int]) -> "Images":
+    """The images, some of them with the features of a method that has a frozen network; one without tells why later."""
+    from wsss.assemble import with_features
+    from wsss.data.base import ImageSubset
+    from wsss.data.features import FeatureImages, feature_names
+
+    if method.learns_from == "image" or not pending:
+        return images
+    names = feature_names(images)
+    some, wanted = ImageSubset(images, pending), [names[index] for index in pending]
+    store = with_features(cfg, method, some, wanted, cfg.num_workers)[0].store
+    return FeatureImages(images, store, names, pooled=False, window=0)
 
 
 def sha256(path: str) -> str:

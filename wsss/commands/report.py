@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from wsss import InputError
@@ -133,19 +134,19 @@ class Gallery:
         name = run.overrides.get("dataset") or run.settings.get("dataset") or origin.get("dataset")
         if name not in (known := group_options("dataset", self.directories)):
             raise InputError(f"{run.checkpoint} is of dataset={name}: known are {', '.join(known)}")
-        given = [f"{key}={value}" for key, value in run.overrides.items() if key.startswith("dataset.")]
-        given = given if run.command == "eval" else []
         with composing(self.directories) as search_path:
-            composed: Any = OmegaConf.to_container(
-                hydra.compose(overrides=[f"+dataset={name}", *given, *search_path]).dataset
-            )
+            composed: Any = OmegaConf.to_container(hydra.compose(overrides=[f"+dataset={name}", *search_path]).dataset)
         target = composed.pop("_target_")
         stored = origin.get("dataset_values", {}) if origin.get("dataset") == name else {}
-        check_values("dataset", stored, composed, str(run.checkpoint))
-        values = {**composed, **stored} | {key: composed[key] for o in given if (key := _inner(o)) in composed}
+        own: dict[str, Any] = {}
         if run.command == "label":
             own = {_inner(key): value for key, value in run.settings.items() if key.startswith("dataset.")}
-            values |= {key: value for key, value in own.items() if key in composed}
+        elif run.command == "eval":  # as YAML reads it: what a file holds is neither composed nor looked up
+            own = {_inner(key): _plain(v) for key, v in run.overrides.items() if key.startswith("dataset.")}
+        own = {key: value for key, value in own.items() if key in composed}
+        for values in (stored, own):
+            check_values("dataset", values, composed, str(run.checkpoint))
+        values = {**composed, **stored, **own}
         values = with_classes(target, values, origin.get("classes", ()))
         splits = [str(run.settings.get("split", "train"))] if run.command == "label" else ["val", "train"]
         for split in splits:
@@ -266,6 +267,14 @@ class Gallery:
 
 def _has_checkpoint(run: "Run") -> bool:
     return run.checkpoint is not None and run.checkpoint.is_file()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a command line as YAML reads it, which executes nothing; text where it reads none."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def _inner(override: str) -> str:

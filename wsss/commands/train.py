@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     """
     import pytorch_lightning as pl
 
-    from wsss.assemble import build_data, build_method, check_views, fit_sizes, use_features
+    from wsss.assemble import build_data, build_method, check_supervision, check_views, fit_sizes, use_features
 
     choices = HydraConfig.get().runtime.choices
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -99,8 +99,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     if data.val is not None:
         data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
         skipped += small
-    use_features(cfg, method, data)
-    check_views(method, data, choices["method"], choices.get("transform"))
+    check_supervision(method, data, choices["method"])
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:
         without = "" if data.has_masks else " without masks"
@@ -110,6 +109,8 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
         )
     if not known:
         data.val = None  # there is nothing to measure
+    use_features(cfg, method, data)
+    check_views(method, data, choices["method"], choices.get("transform"))
     dataset = plain_values(cfg.dataset, "dataset")
     method.origin = {
         "method": choices["method"],

@@ -1,4 +1,4 @@
-"""Features of a frozen network: computed once for each image, kept on disk, read instead of the image."""
+"""Features of a frozen network: computed once for each image, and kept on disk."""
 
 import hashlib
 import os
@@ -26,8 +26,8 @@ FINER = 4
 class FeatureStore:
     """`stages` (D, h, w) and `mean` (K,), float16, a file for each image, in a folder for each network and size.
 
-    Files are written whole or not at all, so that it can be interrupted and shared by processes; one that is read is
-    marked as used, and the least recently used of all networks go first where room is needed.
+    Files are written whole or not at all, so that it can be interrupted and shared by processes; `fill` marks those of
+    a data set as used, and the least recently used of all networks go first where room is needed.
 
     Args:
         root: of the folders of all networks.
@@ -59,8 +59,8 @@ class FeatureStore:
             with np.load(path, allow_pickle=False) as file:
                 features: np.ndarray = file[array]
         except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-            with suppress(OSError):
-                path.unlink()
+            if not isinstance(error, OSError):  # damaged, and not out of reach
+                path.unlink(missing_ok=True)
             advice = "repeat the command, they are made anew"
             raise InputError(f"the features in {path} cannot be read any more: {advice}") from error
         return features
@@ -76,7 +76,10 @@ class FeatureStore:
             InputError: they would not fit even alone.
         """
         kept = {self.path(name) for name in names}
-        files = [(path, path.stat()) for path in self.root.glob("*/*.npz")]
+        files = []
+        for path in self.root.glob("*/*.npz"):
+            with suppress(FileNotFoundError):  # another process has made room
+                files.append((path, path.stat()))
         own = sum(status.st_size for path, status in files if path in kept)
         if own + size > self.limit:
             raise InputError(
@@ -108,8 +111,9 @@ def fill(
     compute: Callable[[Tensor], tuple[Tensor, Tensor]],
     num_workers: int,
     progress: Callable[[Any, int], Any],
-) -> int:
-    """Compute what the store lacks; returns how many that were.
+    kept: Sequence[str] = (),
+) -> tuple[int, list[str]]:
+    """Compute what the store lacks; returns how many that were, and a sentence for each image that cannot be used.
 
     Args:
         images: their true masks are not opened.
@@ -117,26 +121,27 @@ def fill(
         normalise: an image uint8 (H, W, 3) -> (3, H, W).
         compute: a normalised image (1, 3, H, W) -> its stages (1, D, h, w) and final maps (1, K, h, w).
         progress: shows an iterable of so many entries while it passes.
+        kept: names of other images that are needed at the same time.
 
     Raises:
-        InputError: an image that cannot be used; too little room.
+        InputError: too little room.
     """
     there = {path.name for path in store.folder.iterdir()}
     missing = [index for index, name in enumerate(names) if f"{name}.npz" not in there]
     for name in set(names) - {names[index] for index in missing}:
         with suppress(OSError):
             os.utime(store.path(name))  # used
-    for count, (item, image) in enumerate(
-        progress(open_items(images.without_masks(), missing, normalise, num_workers), len(missing))
-    ):
+    opened, bad = open_items(images.without_masks(), missing, normalise, num_workers), list[str]()
+    for count, (item, image) in enumerate(progress(opened, len(missing))):
         if image is None:
-            raise InputError(item)
+            bad.append(item)
+            continue
         stages, final = (maps[0].cpu() for maps in compute(image[None]))
         arrays = stages.half().numpy(), final.mean(dim=(-2, -1)).half().numpy()
-        if count == 0:
-            store.make_room(names, sum(array.nbytes for array in arrays) * len(missing))
+        if count == len(bad):  # the first one
+            store.make_room([*names, *kept], sum(array.nbytes for array in arrays) * len(missing))
         store.write(names[missing[count]], *arrays)
-    return len(missing)
+    return len(missing) - len(bad), bad
 
 
 class FeatureImages(Images):

@@ -30,7 +30,7 @@ class FrozenCAM(WSSSModule):
     Args:
         num_classes: C, foreground classes only.
         classes: their names.
-        backbone: timm name of a convolutional network or a vision transformer, or `resnet38`.
+        backbone: timm name of a convolutional network or a vision transformer.
         weights: `efficientnet_lite0`, 1 or 2 of the extra `pretrained`, a timm tag, or a file.
         backbone_args: arguments of timm's constructor, e.g. `output_stride`.
         size: longer side of an image in pixels.
@@ -120,8 +120,9 @@ class FrozenCAM(WSSSModule):
 
     def describe(self, split: str) -> dict[str, str]:
         notes, alone = super().describe(split), self.cam_scales == (1.0,)
+        said = self.frozen.described(notes)
         return {
-            key: note.replace("scales 1 with flip", "single scale") if alone else note for key, note in notes.items()
+            key: note.replace("scales 1 with flip", "single scale") if alone else note for key, note in said.items()
         }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

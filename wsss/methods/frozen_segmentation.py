@@ -78,6 +78,9 @@ class FrozenSegmentation(PixelStage):
         )
         self.classifier = nn.Conv2d(self.frozen.widths[1], num_classes, 1)
         self.metrics = nn.ModuleDict({"map": ClassificationMAP(), "miou": SegmentationIoU(1 + num_classes)})
+        if "cls" not in self.losses:  # then nobody teaches the classifier
+            self.classifier.requires_grad_(False)
+            del self.metrics["map"]
 
     def sized(self, image: Tensor) -> Tensor:
         return self.frozen.resize(reduce(image, self.protocol.max_side))
@@ -98,6 +101,9 @@ class FrozenSegmentation(PixelStage):
     @torch.no_grad()
     def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
         return self.decode(batch["features"].float()) if "features" in batch else self.infer(batch["image"], cams)
+
+    def describe(self, split: str) -> dict[str, str]:
+        return self.frozen.described(super().describe(split))
 
     @property
     def views(self) -> tuple[str, ...]:

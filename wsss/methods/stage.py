@@ -203,7 +203,9 @@ class Stage(pl.LightningModule):
 
     @property
     def transformer(self) -> Any:
-        """The first network in here with timm's `blocks` and `num_prefix_tokens`; None without any."""
+        """The first network in here with timm's `blocks` and `num_prefix_tokens`; None without any that learns."""
+        if self.learns_from != "image":
+            return None
         named = (m for m in self.modules() if hasattr(m, "blocks") and hasattr(m, "num_prefix_tokens"))
         return next(named, None)
 

@@ -1,6 +1,7 @@
 """A network with the weights of ImageNet, say, that never learns: its features are computed once for each image."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -46,8 +47,10 @@ class FrozenNetwork(nn.Module):
             raise InputError(f"method.size is {size!r}: expected a whole number of at least 32 pixels")
         self.size = size
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
-        transformer = timm.is_model(backbone) and "vision_transformer" in timm.model_entrypoint(backbone).__module__
+        module = timm.model_entrypoint(backbone).__module__ if timm.is_model(backbone) else ""
+        transformer = module.endswith(("vision_transformer", "deit"))
         given = {"dynamic_img_size": True} | given if transformer else given | {"global_pool": ""}
+        self.built = f"{backbone} {sorted(given.items())}"  # what weights of one kind may be used by in several ways
         body: Any
         body, self.loaded = create_timm(backbone, weights, given)
         if not hasattr(body, "forward_intermediates"):
@@ -57,11 +60,16 @@ class FrozenNetwork(nn.Module):
         settings = body.pretrained_cfg
         self.normalisation = None if weights is None else (tuple(settings["mean"]), tuple(settings["std"]))
         self.requires_grad_(False).eval()
-        probe = torch.zeros(1, 3, 224, 224)
-        self.last_width: int = self.body.num_features if transformer else self.body.feature_info[-1]["num_chs"]
-        maps = self(probe)
+        # a transformer takes whole patches only
+        self.patch: int = body.patch_embed.patch_size[0] if transformer else 1
+        self.last_width: int = body.num_features if transformer else body.feature_info[-1]["num_chs"]
+        try:
+            maps = self(torch.zeros(1, 3, 224, 256))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"backbone {backbone!r} does not take an image of 256x224 pixels: {reason}") from error
         self.widths = maps.stages.shape[1], maps.final.shape[1]
-        self.cell = 224 // maps.final.shape[-1]
+        self.cell = 256 // maps.final.shape[-1]
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
         """Its batch norms and dropouts do not learn either."""
@@ -70,6 +78,9 @@ class FrozenNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Maps:
         """image: (B, 3, H, W) normalised, at the working size or a scale of it."""
+        if any(side % self.patch for side in image.shape[-2:]):  # at another scale
+            size = [max(1, side // self.patch) * self.patch for side in image.shape[-2:]]
+            image = resize(image, size)
         middle, last = self.body.forward_intermediates(
             image, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True
         )
@@ -87,16 +98,24 @@ class FrozenNetwork(nn.Module):
 
     def resize(self, image: Tensor) -> Tensor:
         """Images (B, 3, H, W) at the working size, with antialiasing."""
-        scale = self.size / max(image.shape[-2:])
-        size = [max(1, round(side * scale / self.cell)) * self.cell for side in image.shape[-2:]]
+        cell = self.cell * max(image.shape[-2:])
+        size = [max(1, round(side * self.size / cell)) * self.cell for side in image.shape[-2:]]
         if size == list(image.shape[-2:]):
             return image
         return F.interpolate(image, size=size, mode="bilinear", antialias=True)
 
+    def described(self, notes: Mapping[str, str]) -> dict[str, str]:
+        """What a protocol says of its figures, with the size that the network works at."""
+        at = f"{self.size} pixels on the longer side"
+        return {
+            key: re.sub(r"image size, reduced to \d+|image size|resized to \d+x\d+", at, note)
+            for key, note in notes.items()
+        }
+
     @property
     def key(self) -> str:
         """Tells these weights and this size from others."""
-        told = hashlib.sha256(f"{self.size} {self.cell} {self.widths}".encode())
+        told = hashlib.sha256(f"{self.size} {self.cell} {self.widths} {self.built}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             told.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return told.hexdigest()[:16]

@@ -82,6 +82,8 @@ def output_names(paths: Iterable[Path]) -> list[str]:
     and lower case are one. If neither will do, nor is short enough, the name is cut and ends in a hash.
     """
     paths = list(paths)
+    if outside := [path for path in paths if ".." in path.parts or path.is_absolute()]:
+        raise InputError(f"{outside[0]} is no name below a folder: rename the image in the file that lists it")
     stems, whole = Counter(_key(path.with_suffix("")) for path in paths), Counter(map(_key, paths))
     folders = {_key(folder) for path in paths for folder in path.parents}
     taken = {*stems, *whole}

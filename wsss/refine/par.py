@@ -119,7 +119,7 @@ def refine_cam(
         (B, H, W) long.
     """
     size = image.shape[-2:]
-    small = [int(side * scale) for side in size]
+    small = [max(1, int(side * scale)) for side in size]
     image = resize(image, small)
     # the present classes of each image in order, padded to max_labels
     present, index = label.sort(dim=1, descending=True, stable=True)

@@ -154,7 +154,8 @@ class _Charts:
     def scripts(self) -> str:
         if not self.specs:
             return ""
-        bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+        snippet = "window.vegaEmbed = vegaEmbed; window.vegaLite = vegaLite; window.vega = vega;"
+        bundle = vl_convert.javascript_bundle(snippet).replace("</script", "<\\/script")
         return f'<script>{bundle}</script><script type="application/json" id="specs">{_json(self.specs)}</script>'
 
 
