@@ -163,7 +163,8 @@ def test_the_chain_of_psa_on_photographs(command: Command, photographs: Path, tm
     own += [o.replace("stages.cam.", "stages.affinity.") for o in own if o.removeprefix("stages.cam.") in TRAINING]
     own += ["stages.affinity.method.losses.affinity.radius=2", "stages.label.refine.logt=2"]
     own += [f"stages.scores.{o}" for o in ("num_workers=0", "refine.iterations=1")]
-    arguments = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks", *own, f"out={out}"]
+    data = ["dataset=folder", f"dataset.root={photographs}", "dataset.masks=masks"]
+    arguments = ["pipeline=cam", *data, *own, f"out={out}"]
     ended = command("run", *arguments)
     assert ended.code == 0, ended.err
     chain = ("cam", "scores", "affinity", "label", "segment")

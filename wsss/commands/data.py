@@ -154,6 +154,7 @@ TIMM_WEIGHTS = {
     "vit_base_patch16_224.orig_in21k_ft_in1k": "ToCo",
     "deit_base_patch16_224.fb_in1k": "ToCo's second network",
     "deit_small_patch16_224.fb_in1k": "MCTformer",
+    "resnet50.tv_in1k": "IRN",
 }
 """Weights of timm that the recipes start from or name -> whose they are."""
 

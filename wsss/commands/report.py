@@ -144,7 +144,7 @@ class Gallery:
         elif run.command == "eval":  # as YAML reads it: what a file holds is neither composed nor looked up
             own = {_inner(key): _plain(v) for key, v in run.overrides.items() if key.startswith("dataset.")}
         own = {key: value for key, value in own.items() if key in composed}
-        for values in (stored, own):
+        for values in filter(None, (stored, own)):
             check_values("dataset", values, composed, str(run.checkpoint))
         values = {**composed, **stored, **own}
         values = with_classes(target, values, origin.get("classes", ()))

@@ -73,7 +73,7 @@ class IRN(Stage):
             losses = {"affinity": {"weight": 1.0, "radius": 10}, "displacement": {"weight": 1.0, "radius": 10}}
         super().__init__(num_classes, classes, losses, ("affinity", "displacement"))
         self.save_hyperparameters()
-        self.radii: dict[str, int] = {key: loss.radius for key, loss in self.losses.items()}  # type: ignore[misc]
+        self.radii: dict[str, int] = {key: loss.radius for key, loss in self.losses.items()}  # type: ignore[misc]  # of a module any attribute may be a tensor
         for key, radius in self.radii.items():
             if not isinstance(radius, int) or radius < 2:
                 raise InputError(f"losses.{key}.radius is {radius!r}: expected a whole number of at least 2")
