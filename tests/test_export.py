@@ -26,6 +26,7 @@ Command = Callable[..., Ended]
 ROOT = Path(__file__).parent.parent
 SLIM = {"width": 4, "frozen_stages": 0, "batch_norm_momentum": 0.1}
 VIT = {"backbone": "vit_tiny_patch16_224", "backbone_args": METHOD["backbone_args"], "weights": None}
+CNN = {"backbone": "resnet10t", "weights": None, "backbone_args": None, "size": 64}
 METHODS: dict[str, dict[str, Any]] = {
     "toco": METHOD | {"weights": None},
     **{name: VIT | {"attention_layers": 2} for name in ("mctformer_v1", "mctformer", "mctformer_plus")},
