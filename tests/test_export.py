@@ -31,10 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "toco": METHOD | {"weights": None},
     **{name: VIT | {"attention_layers": 2} for name in ("mctformer_v1", "mctformer", "mctformer_plus")},
     **{name: {"backbone_args": SLIM, "weights": None} for name in ("cam", "seam", "ppc", "rcm_mam", "segmentation")},
-    **{
-        key: {"backbone": "resnet10t", "weights": None, "backbone_args": None, "size": 64}
-        for key in ("frozen_cam", "frozen_segmentation")
-    },
+    **dict.fromkeys(("frozen_cam", "frozen_segmentation"), CNN),
     "irn": {"backbone": "resnet18", "weights": None},
     "affinity": {"backbone_args": SLIM, "weights": None},
 }
