@@ -432,6 +432,7 @@ def one_process(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
     whole = results(measured(Images("all occur"), range(6)))
