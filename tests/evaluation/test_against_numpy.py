@@ -1,6 +1,7 @@
 """Every metric of masks and maps against loops in float64, on random maps of several kinds, and as two processes."""
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -429,10 +430,10 @@ def results(metrics: torch.nn.ModuleDict) -> dict[str, Any]:
 def one_process(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(results(measured(Images("all occur"), range(rank, 6, 2))), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # both have saved
+    os._exit(0)  # gloo of torch 2.4 sometimes waits for ever when its group is taken down
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
     whole = results(measured(Images("all occur"), range(6)))

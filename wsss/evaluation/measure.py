@@ -1,5 +1,6 @@
 """What all metrics of an evaluation share: they count, and give figures and tables of it."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ class Measure(Metric):
         """Adds a state of zeros, which is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
+    @abstractmethod
     def figures(self, key: str, classes: Sequence[str], protocol: Protocol) -> dict[str, Any]:
         """Numbers by the name of the figure.
 
@@ -73,7 +75,6 @@ class Measure(Metric):
             classes: names of the foreground classes.
             protocol: that of the evaluation.
         """
-        raise NotImplementedError
 
     def tables(self, classes: Sequence[str]) -> dict[str, Any]:
         """Plain values that are more than a number: by class, by threshold."""

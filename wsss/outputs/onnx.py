@@ -3,6 +3,8 @@
 import json
 import logging
 import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.writing import write_whole
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+"""Of the extra export."""
 
 OUTPUTS = ("logits", "cam", "seg")
 TOLERANCE = 1e-3
@@ -43,14 +48,8 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
             f"{type(method).__name__} makes no masks of its own, but helps a random walk to refine those of others, "
             "which is no network: export the checkpoint of a method that does"
         )
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f'format=onnx needs {error.name}, which is not installed: pip install "wsss[export]"'
-        ) from error
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise InputError(f'format=onnx needs {missing[0]}, which is not installed: pip install "wsss[export]"')
     method = method.eval().cpu()
     least = max(method.smallest_side, 16)
     image = torch.rand(2, 3, 2 * least + 8, 2 * least + 16)  # sides that differ, and no multiples of a patch
@@ -75,6 +74,17 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
         said = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"{type(method).__name__} with this backbone cannot be exported ({said})") from error
     assert program is not None  # it is where dynamo is
+    program.model.metadata_props.update(metadata_of(method, name))
+    content = program.model_proto.SerializeToString()
+    # another size and batch than what was traced, and a square image
+    check_equal(content, names, method, torch.rand(1, 3, 3 * least, 3 * least))
+    with write_whole(out) as file:
+        file.write(content)
+    return names
+
+
+def metadata_of(method: Any, name: str) -> dict[str, str]:
+    """What `write_onnx` says of a method in its file."""
     protocol = method.protocol
     metadata = {
         "classes": method.classes,
@@ -86,10 +96,18 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
         "has_background": method.has_background,
         "background_threshold": getattr(method, "background_threshold", None),
     }
-    program.model.metadata_props.update({"method": name} | {key: json.dumps(value) for key, value in metadata.items()})
-    content = program.model_proto.SerializeToString()
+    return {"method": name} | {key: json.dumps(value) for key, value in metadata.items()}
+
+
+def check_equal(content: bytes, names: Sequence[str], method: Any, image: Tensor) -> None:
+    """Whether a file gives in onnxruntime what its method gives.
+
+    Raises:
+        InputError: it does not.
+    """
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    image = torch.rand(1, 3, 3 * least, 3 * least)  # another size and batch, and a square one
     with torch.no_grad():
         output = method(image)
     for key, found in zip(names, session.run(names, {"image": image.numpy()}), strict=True):
@@ -99,6 +117,3 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
                 f"{type(method).__name__} with this backbone cannot be exported: at another size its {key} in "
                 "onnxruntime are not those of torch"
             )
-    with write_whole(out) as file:
-        file.write(content)
-    return names
