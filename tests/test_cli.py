@@ -287,9 +287,8 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         out = tmp_path / path.stem
         assert call("eval", f"checkpoint={path}", *given, *quiet, f"hydra.run.dir={out}") == 0
         measured = json.loads((out / "metrics.json").read_text())
-        assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(
-            figures, abs=1e-5
-        )  # a value at a threshold
+        # a pixel at a threshold may fall on either side, as rounding depends on where in memory a matrix lies
+        assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(figures, abs=1e-3)
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (45, 30)).save(images / "a.png")
