@@ -60,6 +60,16 @@ def test_python_does_what_the_command_does(
         assert np.array_equal(ours.astype(np.float16), written)
 
 
+def test_what_the_mask_shows_has_a_score(trained: Path, photograph: Path) -> None:
+    """Even where the classifier finds nothing; true of a network with a decoder, whose mask does not ask it."""
+    model = wsss.load(str(trained / "checkpoints/last.ckpt"), class_threshold=1.0)
+    result = model.predict(photograph, cams=True)
+    shown = [model.classes[c - 1] for c in np.unique(result.mask) if c]
+    assert shown
+    assert result.cams is not None
+    assert shown == list(result.scores) == list(result.cams)
+
+
 def test_paths_images_arrays_and_lists(trained: Path, photograph: Path) -> None:
     model = wsss.load(str(trained / "checkpoints/last.ckpt"), class_threshold=0.0).to("cpu")
     image = Image.open(photograph)

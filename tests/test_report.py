@@ -317,6 +317,13 @@ def test_damaged_configuration(tmp_path: Path) -> None:
         read_all([run])
 
 
+@pytest.mark.parametrize("stages", [[], {"cam": 3}, {"cam": {"stage": "cam-01234567", "seconds": "some"}}])
+def test_damaged_pipeline(tmp_path: Path, stages: Any) -> None:
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(InputError, match=r"pipeline\.json is damaged"):
+        read_all([tmp_path])
+
+
 def test_thumbnails() -> None:
     """Small files of a bounded size, masks with numbers and hatches."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """From a configuration or a checkpoint to data, method and trainer."""
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -190,6 +191,14 @@ def use_features(cfg: DictConfig, method: "Stage", data: DataModule) -> None:
         setattr(data, split, found)
 
 
+def local_device() -> torch.device:
+    """The GPU of this process, of those that `torchrun` or `srun` started on this machine; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
 def with_features(
     cfg: DictConfig,
     method: Any,
@@ -202,7 +211,7 @@ def with_features(
     """`use_features` of one data set, and a sentence for each image that cannot be used."""
     key = digest(method.frozen.key, method.mean, method.std, method.protocol.max_side)[:16]
     store = FeatureStore(cfg.features.folder, key, cfg.features.limit_gb)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = local_device()
     method.frozen.to(device)
     made, bad = fill(
         store,

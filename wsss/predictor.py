@@ -25,8 +25,8 @@ class Prediction:
 
     Attributes:
         mask: uint8 (H, W): 0 background, c + 1 for class c.
-        scores: probability of every class, by name, that the classifier finds; of a network without a classifier the
-            largest probability that a pixel of a single pass gives to a class, for those in the mask.
+        scores: probability of every class, by name, that the classifier finds or the mask shows; of a network without
+            a classifier the largest probability that a pixel of a single pass gives to a class.
         cams: class activation maps, float32 in [0, 1], of these classes by name; None unless asked for. They are
             (H, W) too, or of the reduced size where the photograph was reduced.
     """
@@ -109,15 +109,15 @@ class Predictor:
             ids = self.method.segment(image, work, output["seg"]).argmax(1)
         else:
             ids = cam_to_label(resize(output["cam"], work), present.float(), self.method.background_threshold)
+        shown = torch.bincount(ids.flatten(), minlength=1 + len(self.classes))[None, 1:] > 0
         if "logits" not in output:
-            probability = output["seg"].softmax(1)[:, 1:].amax(dim=(-2, -1))
-            present = torch.bincount(ids.flatten(), minlength=1 + len(self.classes))[None, 1:] > 0
+            probability, present = output["seg"].softmax(1)[:, 1:].amax(dim=(-2, -1)), shown
         mask = resize_ids(ids[0].to(torch.uint8).cpu(), size).numpy()
-        found = present[0].nonzero()[:, 0].tolist()
+        found = (present | shown)[0].nonzero()[:, 0].tolist()
         maps: dict[str, np.ndarray] | None = None
         if cams:
-            shown = resize(output["cam"][:, found], work)[0] if found else output["cam"][0, :0]
-            maps = dict(zip((self.classes[c] for c in found), shown.float().cpu().numpy(), strict=True))
+            resized = resize(output["cam"][:, found], work)[0] if found else output["cam"][0, :0]
+            maps = dict(zip((self.classes[c] for c in found), resized.float().cpu().numpy(), strict=True))
         return Prediction(mask, {self.classes[c]: probability[0, c].item() for c in found}, maps)
 
 

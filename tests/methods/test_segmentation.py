@@ -69,10 +69,11 @@ def test_starting_from_an_earlier_stage(kind: type, tmp_path: Path) -> None:
     torch.manual_seed(3)
     slim = {"width": 4, "frozen_stages": 0, "batch_norm_momentum": 0.1}
     first = kind(3, backbone_args=slim)
-    torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    torch.save({"state_dict": first.state_dict(), "wsss": {"mean": [0.5, 0.4, 0.3]}}, tmp_path / "first.ckpt")
     decoder = {"channels": 8, "dilation": 2}
     stage = Segmentation(3, backbone_args=slim, decoder_args=decoder, init_checkpoint=str(tmp_path / "first.ckpt"))
     own = (first.main if kind is RCMMAM else first).backbone.state_dict()
+    assert (stage.mean, stage.std) == ((0.5, 0.4, 0.3), first.std)
     started = stage.network.encoder.body.state_dict()
     for name, tensor in own.items():
         assert torch.equal(tensor, started[name.removeprefix("body.")]), name

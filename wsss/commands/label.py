@@ -247,17 +247,14 @@ def make(
     num_workers: int,
 ) -> list[str]:
     """Write the files of some images; returns a sentence for each that cannot be used."""
-    import torch
-
+    from wsss.assemble import local_device
     from wsss.data.base import open_items
     from wsss.data.pixels import Normalise
     from wsss.evaluation.pseudo import count_cam
     from wsss.report.tables import progress
 
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        for network in (method, *refine.args):
-            network.to(torch.device("cuda", local % torch.cuda.device_count()))
+    for network in (method, *refine.args):
+        network.to(local_device())
     method.eval()
     loader = open_items(images, pending, Normalise(method.mean, method.std), num_workers)
     ids, failed = list(images.ids), []

@@ -64,8 +64,9 @@ class Affinity(Stage):
         if not isinstance(self.radius, int) or self.radius < 2:
             raise InputError(f"losses.affinity.radius is {self.radius!r}: expected a whole number of at least 2")
         self.network = AffinityNet(backbone, weights, backbone_args)
+        self.mean, self.std = self.network.backbone.normalisation or (self.mean, self.std)
         if init_checkpoint is not None:
-            start_backbone(self.network.backbone, init_checkpoint)
+            self.normalise_as(start_backbone(self.network.backbone, init_checkpoint))
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ class RCMMAM(WSSSModule):
         for name in ("main", "support"):
             network, layers = getattr(self, name), ("fc8", "fc9")
             origin = start_classifier(network, path, self.classes, layers, advice, prefix=f"{name}.")
-        self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
+        self.normalise_as(origin)
 
     def train(self, mode: bool = True) -> "RCMMAM":
         """The support network stays in evaluation mode."""

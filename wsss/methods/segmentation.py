@@ -109,9 +109,9 @@ class Segmentation(PixelStage):
         super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
         self.save_hyperparameters()
         self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
-        if init_checkpoint is not None:
-            start_backbone(self.network.encoder, init_checkpoint)
         self.mean, self.std = self.network.normalisation or (self.mean, self.std)
+        if init_checkpoint is not None:
+            self.normalise_as(start_backbone(self.network.encoder, init_checkpoint))
         self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

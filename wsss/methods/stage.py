@@ -102,6 +102,10 @@ class Stage(pl.LightningModule):
         self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True, logger=False)
         return {"loss": total, "terms": parts}
 
+    def normalise_as(self, origin: Mapping[str, Any]) -> None:
+        """Takes `mean` and `std` from what the checkpoint it starts from says of itself, where it says them."""
+        self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
+
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         return denormalise(image, self.mean, self.std)

@@ -134,20 +134,25 @@ def load_weights(
     raise InputError(f"weights file {path} does not fit {name}: it {describe_misfit(nearest, shown)}; {advice}")
 
 
-def start_backbone(backbone: nn.Module, path: str) -> None:
+def start_backbone(backbone: nn.Module, path: str) -> Mapping[str, Any]:
     """A backbone's weights from a checkpoint of a method with the same one; of two that of its `main` network.
+
+    Returns:
+        What the checkpoint says of itself, `mean` and `std` among it; empty where it says nothing.
 
     Raises:
         InputError: it cannot be read, or is of another network.
     """
+    content = read_content(path)
     own = {name.removeprefix("body."): name for name in backbone.state_dict()}  # some methods have the body alone
-    state = {name.removeprefix("main."): tensor for name, tensor in unfrozen(read_state_dict(path)).items()}
+    state = {name.removeprefix("main."): tensor for name, tensor in unfrozen(state_dict_of(content, path)).items()}
     found = {
         n.removeprefix("backbone.").removeprefix("body."): t for n, t in state.items() if n.startswith("backbone.")
     }
     if said := misfit({short: backbone.state_dict()[name] for short, name in own.items()}, found):
         raise InputError(f"init_checkpoint {path} does not fit this network (backbone.*): it {said}")
     backbone.load_state_dict({own[short]: tensor for short, tensor in found.items()})
+    return told_by(content)
 
 
 def start_classifier(
@@ -176,8 +181,7 @@ def start_classifier(
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if said := misfit(network.state_dict(), own):
         raise InputError(f"init_checkpoint {path} does not fit this network ({prefix}*): it {said}; {advice}")
-    origin = content.get("wsss")
-    origin = origin if isinstance(origin, dict) else {}
+    origin = told_by(content)
     if list(origin.get("classes", classes)) != list(classes):
         raise InputError(
             f"init_checkpoint {path} knows the classes {', '.join(map(str, origin['classes']))}, but the data have "
@@ -185,6 +189,12 @@ def start_classifier(
         )
     network.load_state_dict(own)
     return origin
+
+
+def told_by(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself; empty of other files."""
+    origin = content.get("wsss")
+    return origin if isinstance(origin, dict) else {}
 
 
 def unfrozen(state: Mapping[str, Tensor], layers: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -93,8 +93,7 @@ def is_pipeline(path: Path) -> bool:
 
 def _read(path: Path) -> list[Run]:
     if is_pipeline(path):
-        records = read_object(path / "pipeline.json").get("stages", {})
-        return [_stage(path, name, record) for name, record in records.items() if "stage" in record]
+        return _stages(path)
     if any((path / name).is_file() for name in ("run.json", "manifest.json")):
         return [_run(path)]
     runs = sorted(path.glob("*/run.json"), key=lambda file: (len(file.parent.name), file.parent.name))
@@ -114,6 +113,19 @@ def _prefixed(path: Path) -> list[Run]:
     for run in runs:
         run.name = f"{path.name}: {run.name}"
     return runs
+
+
+def _stages(pipeline: Path) -> list[Run]:
+    """Those of a pipeline that have begun."""
+    path = pipeline / "pipeline.json"
+    records = read_object(path).get("stages", {})
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+        raise damaged(path)
+    begun = {name: record for name, record in records.items() if "stage" in record}
+    wanted = {"stage": str, "folder": str, "seconds": int | float, "settings": dict}
+    if any(not isinstance(record.get(key), kind) for record in begun.values() for key, kind in wanted.items()):
+        raise damaged(path)
+    return [_stage(pipeline, name, record) for name, record in begun.items()]
 
 
 def _stage(pipeline: Path, name: str, record: Mapping[str, Any]) -> Run:
@@ -198,8 +210,12 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: put it back, or leave its run out of the report")
+        raise damaged(path)
     return content
+
+
+def damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged: put it back, or leave its run out of the report")
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -211,7 +227,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: put it back, or leave its run out of the report")
+        raise damaged(path)
     return flatten(content)
 
 
