@@ -387,6 +387,7 @@ def test_offline_wandb(tmp_path: Path) -> None:
         (["method.losses.rcm={weight: 1}"], ["rcm", "ptc"]),
         (["+method.losses.rcm={weight: 1}"], ["rcm", "ptc"]),
         (["+method.losses.ptc.heat=1"], ["ptc", "heat", "ignore_index"]),
+        (["method.projector={heat: 1}"], ["unknown config key method.projector.heat", "bottleneck"]),
         (["+method.unheard=1"], ["method", "unheard", "backbone"]),
         (["method.backbone=vit_nonsense"], ["vit_nonsense", "vit_"]),
         (["method.weights=/no/such.pth"], ["/no/such.pth"]),

@@ -200,6 +200,12 @@ def test_unchanged_and_gated(frozen: FrozenNetwork) -> None:
     seg = method.eval()(torch.randn(1, 3, 64, 64))["seg"]
     assert (seg[:, 1] == -1e4).all()
     assert (seg[:, [0, 2]] > -1e3).all()
+    nn.init.constant_(method.classifier.bias, -5.0)
+    with torch.no_grad():
+        method.classifier.bias[0] = -4.0  # finds nothing, and this rather than the other
+    seg = method(torch.randn(1, 3, 64, 64))["seg"]
+    assert (seg[:, 2] == -1e4).all()
+    assert (seg[:, :2] > -1e3).all()
     with pytest.raises(InputError, match=r"gate is 0.4, which needs the classifier"):
         FrozenSegmentation(2, **NETWORK, gate=0.4, losses={"ce": {}})
     with pytest.raises(InputError, match="propagation is"):

@@ -35,7 +35,8 @@ class FrozenSegmentation(PixelStage):
         backbone, weights, backbone_args, size: see `FrozenCAM`.
         channels: of the decoder: a 1x1 convolution, a 3x3 one, and the 1x1 one that scores the classes.
         dropout: probability that a channel is dropped before each of the last two convolutions.
-        gate: classes whose probability in an image is below this are not sought there; None seeks all.
+        gate: classes whose probability in an image is below this are not sought there, the most probable one always
+            is: what learns from few images is unsure of all. None seeks all.
         losses: weight and arguments of ce and clipped_ce, of the pixels, and cls, of the classifier; null leaves a term
             out.
         lr: largest learning rate of AdamW, which falls to 0 as a cosine.
@@ -94,7 +95,7 @@ class FrozenSegmentation(PixelStage):
         logits = self.classifier(self.frozen.finish(features).mean(dim=(-2, -1), keepdim=True))
         seg = self.decoder(features)
         if self.hparams.gate is not None and not self.training:
-            absent = (logits.sigmoid() < self.hparams.gate).expand(-1, -1, *seg.shape[-2:])
+            absent = (logits.sigmoid() < self.hparams.gate) & (logits < logits.amax(dim=1, keepdim=True))
             seg = torch.cat([seg[:, :1], seg[:, 1:].masked_fill(absent, ABSENT)], dim=1)
         return {"seg": seg, "logits": logits.flatten(1)}
 
