@@ -31,6 +31,7 @@ from tiny import (
 from wsss import losses
 from wsss.data.shapes import Shapes
 from wsss.evaluation.comparison import read_counts, weighted_miou
+from wsss.evaluation.protocol import Measured
 from wsss.outputs.masks import MaskFolder
 from wsss.predictor import Predictor
 
@@ -54,7 +55,10 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str, comman
 def test_run_directory(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"val/map", "val/miou", "val/cam_miou", "val/aux_cam_miou", "seconds", "peak_memory_mb"} <= metrics.keys()
-    assert "single scale" in metrics["protocol/val/miou"]
+    assert "last checkpoint, single scale" in metrics["protocol/val/miou"]
+    tags = json.loads((trained / "tags.json").read_text())
+    assert {f"protocol/{key}" for key in tags} == {key for key in metrics if key.startswith("protocol/")}
+    assert all(str(Measured(**fields)) == metrics[f"protocol/{key}"] for key, fields in tags.items())
     assert "true image labels" in metrics["protocol/val/cam_miou"]
     record = json.loads((trained / "run.json").read_text())
     assert record["seed"] == 0
@@ -106,12 +110,16 @@ def test_eval_in_detail(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_honest_and_papers_protocol(trained: Path, tmp_path: Path) -> None:
     """One checkpoint under both: neither mask nor true label helps, and three steps of one pass; or all of it does."""
     measured = {}
-    for protocol in ("honest", "paper"):
+    for protocol in ("", "paper"):
         arguments = [f"checkpoint={trained / 'checkpoints/last.ckpt'}", f"hydra.run.dir={tmp_path / protocol}"]
         arguments += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"]
-        assert call("eval", *arguments, f"protocol={protocol}") == 0
+        assert call("eval", *arguments, *([f"protocol={protocol}"] if protocol else [])) == 0
         measured[protocol] = json.loads((tmp_path / protocol / "metrics.json").read_text())
-    honest, paper = measured["honest"], measured["paper"]
+    honest, paper = measured[""], measured["paper"]
+    tags = json.loads((tmp_path / "tags.json").read_text())
+    assert {key for key, fields in tags.items() if fields["labels_at_test"] == "true"} == set()
+    chosen = {key for key, fields in tags.items() if fields["threshold_rule"] in ("best", "first_drop")}
+    assert chosen == {f"val/{cam}_{key}_miou" for cam in ("cam", "aux_cam") for key in ("best", "first_drop")}
     assert "predicted image labels" in honest["protocol/val/cam_miou"]
     assert "threshold 0.25" in honest["protocol/val/cam_miou"]
     assert "flip (max)" in honest["protocol/val/multiscale_miou"]
@@ -124,10 +132,35 @@ def test_honest_and_papers_protocol(trained: Path, tmp_path: Path) -> None:
     assert "val/multiscale_miou" not in paper
 
 
+def test_how_a_checkpoint_was_chosen_is_known(command: Callable[..., Ended], trained: Path, tmp_path: Path) -> None:
+    """The last one, the best by image labels, the best by masks, which is not honest, and what does not say."""
+    by_masks, old = tmp_path / "by masks", tmp_path / "old.ckpt"
+    assert command("train", *OVERRIDES, "monitor=val/miou", f"hydra.run.dir={by_masks}").code == 0
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["wsss"].pop("checkpoint_rule") == "last"
+    torch.save(content, old)
+    quiet = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
+    best = "checkpoints/best-step-000002.ckpt"
+    for number, (path, rule) in enumerate(
+        (
+            (trained / "checkpoints/last.ckpt", "last"),
+            (trained / best, "best by val/map"),
+            (by_masks / best, "best by masks (val/miou)"),
+            (old, "not known"),
+        )
+    ):
+        out = tmp_path / str(number)
+        ended = command("eval", f"checkpoint={path}", *quiet, f"hydra.run.dir={out}")
+        assert ended.code == 0, ended.err
+        assert {fields["checkpoint_rule"] for fields in json.loads((out / "tags.json").read_text()).values()} == {rule}
+        assert ("masks have chosen this checkpoint" in ended.out) == ("masks" in rule)
+
+
 def test_eval_repeats_the_figures_of_training(trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "checkpoints" / "last.ckpt"
     settings = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
-    assert call("eval", f"checkpoint={checkpoint}", *settings, f"hydra.run.dir={tmp_path}") == 0
+    asked = ["protocol=single_scale", f"hydra.run.dir={tmp_path}"]
+    assert call("eval", f"checkpoint={checkpoint}", *settings, *asked) == 0
     trained, measured = (json.loads((path / "metrics.json").read_text()) for path in (trained, tmp_path))
     for key, value in measured.items():
         if key.startswith("val/"):
@@ -225,15 +258,19 @@ def test_no_image_ends_a_prediction(
     assert command("predict", *arguments, "num_workers=0").code == 1
 
 
-def test_a_checkpoint_from_before_the_bound_is_evaluated_without(
+def test_the_protocol_of_a_checkpoint_is_that_of_masks_and_of_no_evaluation(
     command: Callable[..., Ended], trained: Path, tmp_path: Path
 ) -> None:
+    """Of one from before images were reduced masks are made without; an evaluation says how it measures itself."""
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["wsss"]["protocol"].pop("max_side") == 1024
     torch.save(checkpoint, tmp_path / "old.ckpt")
     assert "image size, reduced to 1024" in json.loads((trained / "metrics.json").read_text())["protocol/val/miou"]
     quiet = ["data.num_workers=0", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
-    for given, size in (([], "image size, true"), (["protocol.max_side=20"], "image size, reduced to 20, true")):
+    made = command("label", f"checkpoint={tmp_path / 'old.ckpt'}", "num_workers=0", f"out={tmp_path / 'labels'}")
+    assert made.code == 0, made.err
+    assert json.loads((tmp_path / "labels/settings.json").read_text())["settings"]["protocol.max_side"] is None
+    for given, size in (([], "reduced to 1024, predicted"), (["protocol.max_side=20"], "reduced to 20, predicted")):
         run = tmp_path / f"run{len(given)}"
         ended = command("eval", f"checkpoint={tmp_path / 'old.ckpt'}", *quiet, *given, f"hydra.run.dir={run}")
         assert ended.code == 0, ended.err
@@ -285,7 +322,8 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     told += ["method.attention_layers=2", "method.backbone=vit_tiny_patch16_224", "++method.backbone_args.num_heads=2"]
     for path, given in ((run / "checkpoints" / "last.ckpt", []), (official, told)):
         out = tmp_path / path.stem
-        assert call("eval", f"checkpoint={path}", *given, *quiet, f"hydra.run.dir={out}") == 0
+        asked = ["protocol=single_scale", f"hydra.run.dir={out}"]
+        assert call("eval", f"checkpoint={path}", *given, *quiet, *asked) == 0
         measured = json.loads((out / "metrics.json").read_text())
         # a pixel at a threshold may fall on either side, as rounding depends on where in memory a matrix lies
         assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(figures, abs=1e-3)
@@ -319,7 +357,8 @@ def test_methods_on_resnet38(name: str, tmp_path: Path) -> None:
     assert trained["steps"] == 2
     quiet = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"]
     checkpoint = f"checkpoint={run / 'checkpoints' / 'last.ckpt'}"
-    assert call("eval", checkpoint, *quiet, f"hydra.run.dir={tmp_path / 'eval'}") == 0
+    asked = ["protocol=single_scale", f"hydra.run.dir={tmp_path / 'eval'}"]
+    assert call("eval", checkpoint, *quiet, *asked) == 0
     measured = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     for key in ("val/map", "val/cam_miou", "val/cam_best_miou"):
         assert measured[key] == pytest.approx(trained[key], abs=1e-6), key
@@ -492,6 +531,7 @@ def test_official_checkpoint(voc: Path, tmp_path: Path, capsys: pytest.CaptureFi
         "method.decoder_dilation=1",
     ]
     settings += [
+        "protocol=single_scale",
         "protocol.size=40",
         "data.num_workers=0",
         "trainer.enable_progress_bar=false",

@@ -1,6 +1,7 @@
 """Configuration: files and signatures say the same, recipes hold no typo, the command line is arranged right."""
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,7 @@ def test_plain_values_survive_hydra(value: Any) -> None:
         ("toco", "voc", "toco_voc"),
         ("toco", "coco", "toco_coco"),
         ("segmentation", "voc", "large_fov"),
+        ("segmentation", "coco", "large_fov"),
         ("cam", "voc", None),
     ],
 )
@@ -135,3 +137,22 @@ def test_the_papers_protocol_is_each_methods_own(method: str, dataset: str, own:
     expected: Any = OmegaConf.to_container(compose("eval", overrides=[*names, f"protocol={own or 'paper'}"]).protocol)
     assert paper == expected | {"threshold": "best"}
     assert Protocol(**paper).rules(0.4) == ("best", "fixed", "otsu")
+
+
+def test_neither_masks_nor_true_labels_help_where_no_protocol_is_named() -> None:
+    """Of wsss-eval, and of the stage evaluate of every pipeline."""
+    honest = OmegaConf.load(CONF / "protocol/honest.yaml")
+    assert compose("eval").protocol == honest
+    measured = 0
+    for pipeline, dataset in itertools.product(sorted((CONF / "pipeline").glob("*.yaml")), ("shapes", "voc", "coco")):
+        stage = compose("run", overrides=[f"pipeline={pipeline.stem}", f"dataset={dataset}"]).pipeline.stages.get(
+            "evaluate"
+        )
+        if stage is not None:
+            own = [o for o in stage.overrides if "{" not in o]
+            protocol = compose("eval", overrides=["method=segmentation", f"dataset={dataset}", *own]).protocol
+            assert (protocol.image_labels, protocol.threshold, protocol.crf) == ("predicted", "fixed", None)
+            assert protocol.extras.crf is not None  # in the same pass
+            assert dataset == "shapes" or protocol == honest
+            measured += 1
+    assert measured >= 18

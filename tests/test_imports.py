@@ -32,7 +32,7 @@ LAYERS = {
     "evaluation": {"evaluation", *GROUND},
     "outputs": {"outputs", "report", "evaluation", "writing"},
     "report": {"report", "evaluation", "writing"},
-    "report/reading": {"config", "runs"},
+    "report/reading": {"config", "evaluation", "runs"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},

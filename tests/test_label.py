@@ -91,7 +91,7 @@ def test_masks_are_those_of_the_method(command: Command, given: list[str], train
         expected = np.array([0, *(shown + 1), *range(len(shown) + 1, 256)])[refined.mask]
         assert (mask(tmp_path / "b/masks" / f"{name}.png") == expected).mean() > 0.99
         assert (tmp_path / "b/overlays" / f"{name}.jpg").is_file()
-    left = ["counts", "manifest.json", "masks", "metrics.json", "settings.json"]
+    left = ["counts", "manifest.json", "masks", "metrics.json", "settings.json", "tags.json"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == left
 
 
@@ -312,7 +312,9 @@ def test_true_masks_change_no_mask(command: Command, on_voc: tuple[Path, Path], 
         else:
             assert figures == {"masks": 2}
             assert "nothing is measured" in ended.out
-        left.append({k: v for k, v in content(out).items() if not k.startswith(("counts/", "metrics.json"))})
+        left.append(
+            {k: v for k, v in content(out).items() if not k.startswith(("counts/", "metrics.json", "tags.json"))}
+        )
         (tmp_path / "voc").rename(tmp_path / f"voc{number}")
     assert left[0] == left[1] == left[2]
 
@@ -392,7 +394,7 @@ def test_the_chain_of_irn(command: Command, given: list[str], trained: Path, tmp
     ended = command("label", *given, *walk, f"out={out}", "instances=true")
     assert ended.code == 0, ended.err
     whole = content(out)
-    assert len(whole) == 6 * 4 + 3  # mask, instances in two files and counts of each, and what tells of all
+    assert len(whole) == 6 * 4 + 4  # mask, instances in two files and counts of each, and what tells of all
 
     shapes, method, irn = (
         Shapes("train", **SHAPES),

@@ -1,6 +1,9 @@
 """Metrics against straightforward references."""
 
+import json
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from wsss import InputError
 from wsss.evaluation.classification import ClassificationMAP, ImageMAP
 from wsss.evaluation.metrics import CamIoU, SegmentationIoU, evaluation, figures_of, tables_of
-from wsss.evaluation.protocol import Protocol, extra_supervision
+from wsss.evaluation.protocol import Measured, Protocol, extra_supervision, write_figures
 from wsss.report.tables import print_figures
 
 
@@ -233,21 +236,60 @@ def figures_of_all() -> dict[str, float]:
 
 
 def test_protocol_is_said() -> None:
-    notes = Protocol().describe("val, 4 images", (1.0, 0.5), 0.45, ("cam", "aux_cam"))
+    on = Measured("val, 4 images", ("CLIP",), "best by val/map")
+    notes = Protocol().describe(on, (1.0, 0.5), 0.45, ("cam", "aux_cam"))
     unsaid = {key for key in figures_of_all() if key not in notes}
     assert all(key.startswith("iou/") or key.endswith(("threshold", "gap")) for key in unsaid)
-    assert "chosen with these masks" in notes["cam_best_miou"]
-    assert notes["miou"] == "val, 4 images, single scale, image size, no image labels, no CRF"
-    for part in ("val, 4 images", "scales 1, 0.5 with flip", "image size", "threshold 0.45", "true image labels"):
-        assert part in notes["cam_miou"]
-    other = Protocol(size=448, image_labels="predicted").describe("test", (1.0,), 0.5)
-    assert "resized to 448x448, no" in other["miou"]
-    reduced = Protocol(max_side=1024).describe("val", (1.0,), 0.5)
-    assert reduced["miou"] == "val, single scale, image size, reduced to 1024, no image labels, no CRF"
-    assert all("image size, reduced to 1024" in note for note in reduced.values())
-    both = Protocol(max_side=1024, size=448).describe("val", (1.0,), 0.5)
-    assert "resized to 448x448 from at most 1024," in both["map"]
-    assert "predicted image labels" in other["cam_miou"]
+    assert "chosen with these masks" in str(notes["cam_best_miou"])
+    said = "val, 4 images, extra supervision CLIP, checkpoint best by val/map"
+    assert str(notes["miou"]) == f"{said}, single scale, image size, no image labels, no CRF"
+    maps = "scales 1, 0.5 with flip, image size, true image labels, no CRF, threshold 0.45"
+    assert str(notes["cam_miou"]) == f"{said}, {maps}"
+    other = Protocol(size=448, image_labels="predicted").describe(Measured("test"), (1.0,), 0.5)
+    assert "resized to 448x448, no" in str(other["miou"])
+    reduced = Protocol(max_side=1024).describe(Measured("val", checkpoint_rule="last"), (1.0,), 0.5)
+    known = "val, no extra supervision known, last checkpoint"
+    assert str(reduced["miou"]) == f"{known}, single scale, image size, reduced to 1024, no image labels, no CRF"
+    assert all("image size, reduced to 1024" in str(note) for note in reduced.values())
+    both = Protocol(max_side=1024, size=448).describe(Measured("val"), (1.0,), 0.5)
+    assert "resized to 448x448 from at most 1024," in str(both["map"])
+    assert "predicted image labels" in str(other["cam_miou"])
+
+
+def test_how_a_figure_was_measured_in_fields() -> None:
+    """What the sentence says can be looked up, and which figures were given labels or masks."""
+    protocol = Protocol(
+        threshold="otsu", area_prior=0.3, scales=(1.0, 0.5), flip="sum", fusion="sum", softmax="before", crf={"a": 1}
+    )
+    notes = protocol.describe(Measured("val", ("SAM",), "last"), (1.0,), 0.4)
+    assert notes["miou"] == Measured(
+        "val", ("SAM",), "last", (1.0, 0.5), "sum", "sum of probabilities", crf={"a": 1}, labels_at_test="none"
+    )
+    assert "scales 1, 0.5 (sum of probabilities) with flip (sum)" in str(notes["miou"])
+    cams = {key: note for key, note in notes.items() if key.startswith("cam_")}
+    assert {key for key, note in cams.items() if note.labels_at_test != "true"} == {"cam_absent"}
+    assert {key for key, note in notes.items() if note.labels_at_test == "true"} == cams.keys() - {"cam_absent"}
+    rules = {key: (note.threshold_rule, note.threshold) for key, note in cams.items() if key.endswith("_miou")}
+    expected = {"fixed": 0.4, "otsu": None, "area_prior": 0.3, "best": None, "first_drop": None}
+    for key, figure in (("cam_miou", "otsu"), ("cam_foreground_miou", "otsu"), ("cam_fixed_miou", "fixed")):
+        assert rules[key] == (figure, expected[figure])
+    for rule in ("area_prior", "best", "first_drop"):
+        assert rules[f"cam_{rule}_miou"] == (rule, expected[rule])
+    assert notes["cam_area_under_curve"].threshold_rule == "every"
+    assert all(note.threshold_rule is None for key, note in notes.items() if key not in cams)
+    alone = Protocol(threshold="best").describe(Measured("val"), (1.0,), -1.0)
+    assert alone["cam_miou"].threshold_rule == alone["cam_best_miou"].threshold_rule == "no background"
+
+
+def test_figures_are_written_with_fields_and_sentences(tmp_path: Path) -> None:
+    note = Measured("val", ("CLIP", "SAM"), crf={"iterations": 3})
+    write_figures(tmp_path, {"a": 0.5, "steps": 3}, {"a": note, "b": note})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 0.5, "steps": 3, "protocol/a": str(note)}
+    tags = json.loads((tmp_path / "tags.json").read_text())
+    assert tags.keys() == {"a"}
+    assert tags["a"]["extra_supervision"] == ["CLIP", "SAM"]
+    assert tags["a"]["crf"] == {"iterations": 3}
+    assert str(Measured(**tags["a"])) == str(note)  # which a report makes of them
 
 
 @pytest.mark.parametrize("arguments", [{"size": 0}, {"size": -3}, {"max_side": 0}, {"image_labels": "none"}])
@@ -280,23 +322,25 @@ def test_protocol_with_extras_has_three_steps() -> None:
     assert steps["multiscale_"] == Protocol(max_side=99, scales=[1.0, 0.5], flip="max")
     assert steps["crf_"] == Protocol(max_side=99, scales=[1.0, 0.5], flip="max", crf=crf)
     assert list(Protocol(extras={"crf": crf}).steps()) == ["", "crf_"]
-    notes = protocol.describe("val", (1.0,), 0.5)
-    assert "single scale" in notes["miou"]
+    notes = protocol.describe(Measured("val"), (1.0,), 0.5)
+    assert "single scale" in str(notes["miou"])
     said = "scales 1, 0.5 (max) with flip (max), image size, reduced to 99, no image labels, no CRF"
-    assert said in notes["multiscale_miou"]
-    assert "CRF iterations 3" in notes["crf_miou_all"]
+    assert said in str(notes["multiscale_miou"])
+    assert "CRF iterations 3" in str(notes["crf_miou_all"])
+    assert protocol.smallest_scale == 0.5
 
 
 def test_extra_supervision_is_told_by_the_names_of_weights() -> None:
     told = ["all tensors of timm weights vit_base_patch16_224.orig_in21k_ft_in1k", "x of vit_base_patch16_clip.openai"]
-    assert extra_supervision(told) == "extra supervision ImageNet-21k and CLIP"
-    assert extra_supervision(["timm weights deit_small.fb_in1k"]) == "no extra supervision known"
+    assert extra_supervision(told) == ("ImageNet-21k", "CLIP")
+    assert extra_supervision(["timm weights deit_small.fb_in1k"]) == ()
+    assert "extra supervision ImageNet-21k and CLIP" in str(Measured("val", extra_supervision(told)))
 
 
 def test_table_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
     """What all figures share stands once, rules beside what the masks would have added, true labels in red."""
-    maps = "val, image size, true image labels, threshold 0.4"
-    notes = {"a_miou": maps, "a_miou_all": f"{maps}, all ids", "b": "val, image size, no CRF"}
+    maps = Measured("val", labels_at_test="true", threshold_rule="fixed", threshold=0.4)
+    notes = {"a_miou": maps, "a_miou_all": replace(maps, definition="all ids"), "b": Measured("val")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "120")
         patch.setenv("FORCE_COLOR", "1")
@@ -308,14 +352,15 @@ def test_table_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "+0.1250" in printed
     assert "a_gap" not in printed
     assert "as above, all ids" in printed
-    assert "all on val, image size" in printed
+    shared = "all on val, no extra supervision known, checkpoint not known, single scale, image size, no CRF"
+    assert shared in " ".join(printed.split())
     assert printed.count("image size") == 1
     figures = {"val/miou": 0.5, "val/multiscale_miou": 0.625, "val/crf_miou": 0.6875, "val/iou/a": 0.1}
     protocol = Protocol(extras={"scales": [1.0, 0.5], "crf": {"iterations": 3}})
-    notes = {f"val/{key}": note for key, note in protocol.describe("val", (1.0,), 0.5).items()}
+    notes = {f"val/{key}": note for key, note in protocol.describe(Measured("val"), (1.0,), 0.5).items()}
     print_figures(figures | {"val/crf_iou/a": 0.2}, notes, "title")
     lines = capsys.readouterr().out.splitlines()
     assert any(all(word in line for word in ("val/miou", "0.5000", "0.6250", "0.6875")) for line in lines)
     assert any("val/iou/a" in line and "0.2000" in line for line in lines)
     assert not any("multiscale_" in line or "crf_" in line for line in lines)
-    assert any("+ CRF: " in line and "CRF iterations 3" in line for line in lines)
+    assert re.search(r"\+ CRF: .*CRF iterations 3", " ".join(" ".join(lines).split()))

@@ -68,8 +68,8 @@ def test_method_loss_data_set_and_transform(mine: Path, capsys: pytest.CaptureFi
     with (run / "log" / "metrics.csv").open(newline="") as file:
         columns = csv.DictReader(file).fieldnames or []
     assert {"train/loss_cls", "train/loss_area"} <= set(columns)
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    assert call("eval", *conf, f"checkpoint={checkpoint}", *QUIET, f"hydra.run.dir={mine / 'eval'}") == 0
+    checkpoint, asked = run / "checkpoints" / "last.ckpt", ["protocol=single_scale", f"hydra.run.dir={mine / 'eval'}"]
+    assert call("eval", *conf, f"checkpoint={checkpoint}", *QUIET, *asked) == 0
     measured = json.loads((mine / "eval" / "metrics.json").read_text())
     for key in ("val/map", "val/cam_miou", "val/cam_best_miou"):
         assert measured[key] == pytest.approx(trained[key], abs=1e-6), key

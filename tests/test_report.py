@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,21 @@ from tiny import OVERRIDES, Ended, call
 
 from wsss import InputError
 from wsss.evaluation.comparison import COLUMNS
+from wsss.evaluation.protocol import Measured
 from wsss.report.pictures import numbered, thumbnail
 from wsss.report.reading import read_all, same_but_seed
 
 Command = Callable[..., Ended]
 HOSTILE = '</script><script>alert("x")</script><img src=http://evil onerror=x>'
-NOTE = "val, 4 images, scales 1, 0.5 with flip, true image labels, CRF gaussian [3.0, 3.0], threshold 0.5"
+NOTE = Measured(
+    "val, 4 images",
+    scales=(1.0, 0.5),
+    flip="always",
+    labels_at_test="true",
+    crf={"gaussian": [3.0, 3.0]},
+    threshold_rule="fixed",
+    threshold=0.5,
+)
 
 
 @pytest.fixture
@@ -121,8 +131,9 @@ def make_run(folder: Path, seed: int = 0, name: str = "cat", more: Sequence[str]
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "config.yaml").write_text(f"seed: {seed}\nmethod: {{background_threshold: 0.5, note: '{len(more)}'}}\n")
     costs = {"seconds": 3700.0, "peak_memory_mb": 812.5, "steps": 20}
-    notes = {f"protocol/{key}": NOTE for key in ("val/cam_miou", "val/miou")}
+    notes = {f"protocol/{key}": str(NOTE) for key in ("val/cam_miou", "val/miou")}
     (folder / "metrics.json").write_text(json.dumps(figures | costs | notes | {"val/f1": None}))
+    (folder / "tags.json").write_text(json.dumps({key: asdict(NOTE) for key in ("val/cam_miou", "val/miou")}))
     (folder / "tables.json").write_text(json.dumps(tables))
     (folder / "log").mkdir()
     (folder / "log/metrics.csv").write_text(
@@ -175,7 +186,7 @@ def test_all_that_a_run_has_measured(command: Command, tmp_path: Path) -> None:
 def test_only_what_there_is(command: Command, tmp_path: Path) -> None:
     """A run that has not ended, and one from before tables.json."""
     run = make_run(tmp_path / "run")
-    for name in ("metrics.json", "tables.json", "log/metrics.csv"):
+    for name in ("metrics.json", "tags.json", "tables.json", "log/metrics.csv"):
         (run / name).unlink()
     assert command("report", str(run)).code == 0
     page = read(run / "report.html")
@@ -226,6 +237,26 @@ def test_side_by_side(command: Command, tmp_path: Path) -> None:
     values = json.dumps(curve)
     assert '"seam"' in values
     assert '"toco"' in values
+
+
+@pytest.mark.usefixtures("_altair")
+def test_two_protocols_of_one_checkpoint(command: Command, tmp_path: Path) -> None:
+    """What true labels and the masks' threshold add is said, and which figures had them."""
+    for name, more, shift, labels in (("a", [], 0.0, "predicted"), ("b", ["protocol=paper"], 0.125, "true")):
+        run = make_run(tmp_path / name, more=more, shift=shift)
+        (run / "config.yaml").unlink()  # an evaluation has none
+        figures = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(figures | {"checkpoint": "run/checkpoints/last.ckpt"}))
+        note = asdict(replace(NOTE, labels_at_test=labels))
+        (run / "tags.json").write_text(json.dumps({"val/cam_miou": note, "val/miou": asdict(NOTE)}))
+    out = tmp_path / "both.html"
+    assert command("report", str(tmp_path / "a"), str(tmp_path / "b"), f"out={out}").code == 0
+    page = read(out)
+    assert "cam, protocol=paper less cam, the same checkpoint" in page.text
+    assert "+0.1250" in page.texts  # of val/miou
+    assert "mIoU of CAMs (cam, protocol=paper)" in page.text
+    assert page.texts.count("⚠ true image labels") == 4  # val/miou of both, CAMs of the second; below one of, then all
+    assert "predicted image labels" in page.texts
 
 
 @pytest.mark.usefixtures("_altair")
@@ -312,6 +343,13 @@ def test_refused(command: Command, tmp_path: Path, arguments: list[str], said: s
 
 def test_damaged_configuration(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    for tags in ({"val/miou": {"split": 3}}, {"val/miou": {"unheard": 1}}, {"val/miou": 1}):
+        (run / "tags.json").write_text(json.dumps(tags))
+        with pytest.raises(InputError, match=r"tags\.json is damaged"):
+            read_all([run])
+    (run / "tags.json").unlink()
+    (alone,) = read_all([run])
+    assert alone.notes["val/miou"] == [str(NOTE)]  # of a run from before there were tags
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(InputError, match=r"config\.yaml is damaged"):
         read_all([run])

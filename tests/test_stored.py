@@ -203,6 +203,7 @@ BAD: list[tuple[str, Any, str]] = [
     (f"{WSSS}/has_background", "no", "wsss.has_background"),
     *((f"{WSSS}/mean", value, "wsss.mean") for value in (None, 1, [1, 2], [0.5, 0.5, NAN], [0.5, 0.5, "x"], [9, 9, 9])),
     *((f"{WSSS}/std", value, "wsss.std") for value in (None, 0, [0.2, 0.2, 0], [0.5, 0.5, NAN], [-1, 1, 1])),
+    *((f"{WSSS}/checkpoint_rule", value, "wsss.checkpoint_rule") for value in (3, "", "\x1b[31m", "a" * 101)),
     (f"{WSSS}/protocol", None, "wsss.protocol"),
     (f"{WSSS}/protocol/unheard", 1, "unheard"),
     (f"{WSSS}/protocol/size", 10**9, "protocol.size"),

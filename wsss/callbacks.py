@@ -220,10 +220,12 @@ class BestCheckpoint(Checkpoint):
         self.best: float | None = None
         self.name = ""
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         figure = float(trainer.callback_metrics.get(self.monitor, torch.nan))
         if figure > (-math.inf if self.best is None else self.best):  # never if it is NaN
             former, self.best, self.name = self.name, figure, f"best-step-{trainer.global_step:06d}.ckpt"
+            of_labels = self.monitor in pl_module.figures(has_masks=False)
+            pl_module.origin["checkpoint_rule"] = f"best by {self.monitor if of_labels else f'masks ({self.monitor})'}"
             trainer.save_checkpoint(self.folder / self.name)
             if former not in ("", self.name):
                 trainer.strategy.remove_checkpoint(self.folder / former)
@@ -248,6 +250,8 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         self.step = trainer.global_step
+        module: Any = trainer.lightning_module
+        module.origin["checkpoint_rule"] = "last"
         trainer.save_checkpoint(self.path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

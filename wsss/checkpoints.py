@@ -111,15 +111,17 @@ def checkpoint_overrides(arguments: list[str], dataset: bool = True) -> list[str
     return [*arguments[:first], *(f"{group}={name}" for group, name in names.items()), *arguments[first:]]
 
 
-def load_method(cfg: DictConfig, checkpoint: Mapping[str, Any], classes: Sequence[str] | None = None) -> "Stage":
+def load_method(
+    cfg: DictConfig, checkpoint: Mapping[str, Any], classes: Sequence[str] | None = None, as_trained: bool = True
+) -> "Stage":
     """The method of `cfg.checkpoint`: its class from conf/, its values and weights from the file.
 
     What the command line gives wins over the file. `classes`, where given, are those of a data set that the checkpoint
-    has to agree with.
+    has to agree with. The protocol is that of the training only if it is to be `as_trained`, and none is chosen.
     """
     values = checked_values(cfg, "method", built_with(checkpoint, cfg.method._target_))
     method = restore(cfg.method._target_, values, checkpoint, cfg.checkpoint, classes)
-    stored = {} if is_chosen("protocol") else checkpoint["wsss"].get("protocol", {})
+    stored = checkpoint["wsss"].get("protocol", {}) if as_trained and not is_chosen("protocol") else {}
     with naming(cfg.checkpoint):
         if stored:  # what an older file does not say was not there when its figures were made
             stored = asdict(build_protocol(stored))
@@ -199,6 +201,7 @@ def restore(
     method.normalise_as(origin)
     told = origin.get("loaded", ())
     method.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
+    method.checkpoint_rule = origin.get("checkpoint_rule", "not known")
     if not origin.get("has_background", True):
         method.without_background()
     return method

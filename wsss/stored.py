@@ -96,6 +96,9 @@ def check_checkpoint(content: Any, path: str) -> None:
             _refuse(
                 path, f"wsss.{key}", _shown(origin[key]), {str: "a name", bool: "true or false"}.get(kind, "a mapping")
             )
+    rule = origin.get("checkpoint_rule", "last")
+    if not isinstance(rule, str) or not re.fullmatch(r"[\w /().-]{1,100}", rule):
+        _refuse(path, "wsss.checkpoint_rule", _shown(rule), "plain words")
     for key, least in (("mean", 0), ("std", 0.001)):
         numbers = origin.get(key, (least,) * 3)
         if not isinstance(numbers, list | tuple) or len(numbers) != 3 or not all(_within(x, least, 1) for x in numbers):

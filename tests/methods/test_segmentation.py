@@ -59,7 +59,7 @@ def test_shapes_views_and_figures() -> None:
     assert stage.figures(has_masks=False) == []
     stage.protocol = Protocol(scales=(0.5, 1.0), softmax="before")
     assert stage.smallest_side == 2
-    assert "0.5, 1 (max of probabilities)" in stage.describe("val")["val/miou"]
+    assert "0.5, 1 (max of probabilities)" in str(stage.describe("val")["val/miou"])
     shown = stage.illustrate({"image": torch.zeros(1, 3, 8, 9)})["examples"]
     assert {name: tuple(picture.shape) for name, picture in shown.items()} == {"image": (8, 9, 3), "prediction": (8, 9)}
 

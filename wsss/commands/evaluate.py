@@ -11,13 +11,14 @@ from wsss.config import call_checked, extra_directories, given_values, plain_val
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:
-    """Evaluate, print a table, write metrics.json, tables.json and pictures; returns the figures."""
+    """Evaluate, print a table, write metrics.json, tags.json, tables.json and pictures; returns the figures."""
     import pytorch_lightning as pl
 
     from wsss.assemble import build_trainer, fit_sizes, notes_on, open_images, quieten, use_features, with_classes
     from wsss.callbacks import PerImageCounts, StepProgress
     from wsss.checkpoints import checked_values, load_method, read_checkpoint
     from wsss.data.datamodule import DataModule
+    from wsss.evaluation.protocol import write_figures
     from wsss.report.pictures import save_examples
     from wsss.report.tables import print_figures
     from wsss.runs import provenance, write_skipped
@@ -41,11 +42,13 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     for note in notes_on(cfg.dataset._target_, values):
         print(f"note: {printable(note)}")
     data = call_checked(DataModule, plain_values(cfg.data, "data"), "data", train=None, val=val)
-    method = load_method(cfg, checkpoint, data.classes)
+    method = load_method(cfg, checkpoint, data.classes, as_trained=False)
     if not method.figures(data.has_masks):
         raise InputError(f"{type(method).__name__} has no figure that could be measured: evaluate what it refines")
     if cfg.detail:
         method.measure_details()
+    if run.runtime.choices["protocol"] == "honest" and "masks" in method.checkpoint_rule:
+        print(f"note: masks have chosen this checkpoint ({method.checkpoint_rule}): last.ckpt is the honest one")
     data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
     use_features(cfg, method, data)
     write_skipped(out, [*skipped, *small])
@@ -57,8 +60,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
     write_json(out / "run.json", provenance(cfg, run.overrides.task))
-    protocol = {f"protocol/{key}": note for key, note in notes.items() if key in figures}
-    write_json(out / "metrics.json", {"checkpoint": cfg.checkpoint} | figures | protocol)
+    write_figures(out, {"checkpoint": cfg.checkpoint} | figures, notes)
     write_json(out / "tables.json", method.tables)
     save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
     print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")

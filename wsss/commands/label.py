@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -322,12 +323,12 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
     import torch
 
     from wsss.evaluation.metrics import SegmentationIoU
+    from wsss.evaluation.protocol import Measured, write_figures
     from wsss.evaluation.pseudo import cam_figures
     from wsss.report.tables import print_figures, progress
-    from wsss.writing import write_json
 
     figures: dict[str, Any] = {"masks": len(images)}
-    notes: dict[str, str] = {}
+    notes: dict[str, Measured] = {}
     metric, measured = SegmentationIoU(1 + len(images.classes)), []
     try:
         for index, name in enumerate(progress(images.ids, len(images), "measuring")):
@@ -341,25 +342,28 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
     if measured:
         refinement = {k.partition(".")[2]: v for k, v in folder.origin["settings"].items() if k.startswith("refine.")}
         said = ", ".join(f"{key} {value}" for key, value in refinement.items() if value is not None)
-        where = f"{split}, {len(measured)} images"
+        name = folder.origin["settings"]["refine"]
         figures[f"{split}/mask_miou"] = metric.compute().item()
-        notes[f"{split}/mask_miou"] = (
-            f"{where}, true image labels, refine={folder.origin['settings']['refine']} ({said}), undecided pixels are "
-            "misses"
+        method.protocol = replace(method.protocol, image_labels="true", threshold="fixed")  # as all of this is made
+        notes[f"{split}/mask_miou"] = replace(
+            method.describe(f"{split}, {len(measured)} images")["val/cam_miou"],
+            crf=refinement if "crf" in name else None,
+            threshold_rule=f"refine={name}" if "crf" in name else f"refine={name} ({said})",
+            threshold=None,
+            definition="undecided pixels are misses",
         )
         of_classes = zip(("background", *images.classes), metric.iou().tolist(), strict=True)
         figures |= {f"{split}/iou/{name}": value for name, value in of_classes}
         if counted := folder.counted(measured):
-            where = f"{split}, {len(counted)} images"
             of_cams = cam_figures(folder.counts(counted), len(images.classes), method.background_threshold)
             figures |= {f"{split}/{name}": value for name, value in of_cams.items()}
-            said_of_cams = method.describe(where)
+            said_of_cams = method.describe(f"{split}, {len(counted)} images")
             notes |= {f"{split}/{name}": said_of_cams[f"val/{name}"] for name in ("cam_miou", "cam_best_miou")}
         shown = {key: value for key, value in figures.items() if not key.startswith(f"{split}/iou/")}
         print_figures(shown, notes, f"{folder.out}, compared with true masks that nothing has learnt from")
     else:
         print("there are no true masks of these images: nothing is measured")
-    write_json(folder.out / "metrics.json", figures | {f"protocol/{key}": note for key, note in notes.items()})
+    write_figures(folder.out, figures, notes)
 
 
 def prepare(arguments: list[str]) -> list[str]:

@@ -209,18 +209,17 @@ def announce(cfg: DictConfig, out: Path, method: "Stage", data: "DataModule", sk
 
 
 def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, Any]) -> None:
-    """metrics.json, a table of all figures but those of single classes, and pictures.
+    """metrics.json, tags.json, a table of all figures but those of single classes, and pictures.
 
     Raises:
         RunError: no pictures could be made; all else is there.
     """
+    from wsss.evaluation.protocol import write_figures
     from wsss.report.pictures import save_examples
     from wsss.report.tables import print_figures
-    from wsss.writing import write_json
 
     notes = method.describe(data.val_name) if data.val is not None else {}
-    protocol = {f"protocol/{key}": note for key, note in notes.items() if key in figures}
-    write_json(out / "metrics.json", figures | protocol)
+    write_figures(out, figures, notes)
     print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
     method.eval()
     try:

@@ -2,10 +2,12 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from wsss import InputError
+from wsss.writing import write_json
 
 EXTRAS = ("scales", "flip", "fusion", "softmax", "align_corners", "crf")
 """Settings of a protocol that may be measured beside it."""
@@ -88,6 +90,11 @@ class Protocol:
             steps["crf_"] = replace(alone, crf=crf)
         return steps
 
+    @property
+    def smallest_scale(self) -> float:
+        """Of those at which images pass through the network, 1 included."""
+        return min(1.0, *(scale for step in self.steps().values() for scale in step.scales))
+
     def rules(self, background_threshold: float) -> tuple[str, ...]:
         """The rules for the threshold that can be followed, the one of the protocol first."""
         if background_threshold < 0:
@@ -96,85 +103,165 @@ class Protocol:
         return (self.threshold, *(rule for rule in known if rule != self.threshold))
 
     def describe(
-        self, split: str, cam_scales: Sequence[float], background_threshold: float, cam_names: Sequence[str] = ("cam",)
-    ) -> dict[str, str]:
-        """For each kind of figure the sentence that has to stand beside it."""
+        self,
+        on: "Measured",
+        cam_scales: Sequence[float],
+        background_threshold: float,
+        cam_names: Sequence[str] = ("cam",),
+    ) -> dict[str, "Measured"]:
+        """For each kind of figure what has to stand beside it.
+
+        Args:
+            on: the split, the checkpoint and its supervision.
+            cam_scales: of the CAMs, which are always fused with those of mirror images.
+            background_threshold: of the rule `fixed`; below 0 there is no background.
+            cam_names: kinds of CAMs.
+        """
         size = "image size" if self.size is None else f"resized to {self.size}x{self.size}"
         if self.max_side is not None:
             size += f", reduced to {self.max_side}" if self.size is None else f" from at most {self.max_side}"
-        cam = f"{split}, scales {_listed(cam_scales)} with flip, {size}, {self.image_labels} image labels, no CRF"
-        chosen = f"{cam}, best threshold of 0 to 0.99, chosen with these masks"
-        first_drop = (
-            f"{cam}, mean over all ids, threshold of 0 to 0.59 at the first drop, chosen with these masks (MCTformer)"
-        )
-        said = {
-            "fixed": f"{cam}, threshold {background_threshold:g}",
-            "otsu": f"{cam}, Otsu's threshold of each class over all images, chosen without masks",
-            "area_prior": f"{cam}, threshold with {self.area_prior} of foreground, chosen without masks",
-            "best": chosen,
-        }
+        alone = replace(on, size=size)
+        cam = replace(alone, scales=tuple(cam_scales), flip="always", labels_at_test=self.image_labels)
+        values = {"fixed": background_threshold, "area_prior": self.area_prior}
+        known = ("fixed", "otsu", "area_prior", "best", "first_drop", "every")
+        said = {rule: replace(cam, threshold_rule=rule, threshold=values.get(rule)) for rule in known}
         if background_threshold < 0:  # then nothing is chosen
-            chosen = said["fixed"] = f"{cam}, no background"
+            said["fixed"] = said["best"] = replace(cam, threshold_rule="no background")
         first, *others = self.rules(background_threshold)
-        logits = f"{split}, single scale, {size}"
-        notes: dict[str, str] = {}
+        notes: dict[str, Measured] = {}
         for word, step in self.steps().items():
-            notes |= _of_masks(word, f"{split}, {step._scales()}, {size}, no image labels, {step._crf()}")
+            fusion = step.fusion if step.softmax == "after" else f"{step.fusion} of probabilities"
+            fused = replace(alone, fusion=None if tuple(step.scales) == (1.0,) else fusion, flip=step.flip)
+            notes |= _of_masks(word, replace(fused, scales=tuple(step.scales), crf=step.crf))
         for name in cam_names:
             notes |= _of_masks(f"{name}_", said["fixed"])
             notes |= _means(f"{name}_", said[first])
             notes |= {f"{name}_{rule}_miou": said[rule] for rule in others}
-            notes |= {f"{name}_best_miou": chosen, f"{name}_first_drop_miou": first_drop}
-            notes[f"{name}_area_under_curve"] = f"{cam}, mean over the thresholds 0 to 0.99"
-            notes[f"{name}_absent"] = f"{said['fixed']}, of the foreground without image labels"
+            dropped = replace(said["first_drop"], definition="mean over all ids (MCTformer)")
+            notes |= {f"{name}_best_miou": said["best"], f"{name}_first_drop_miou": dropped}
+            notes[f"{name}_area_under_curve"] = said["every"]
+            notes[f"{name}_absent"] = replace(notes[f"{name}_absent"], labels_at_test="none")
         return notes | {
-            "map": f"{logits}, macro average over the classes that occur",
-            "image_map": f"{logits}, average over the images (MCTformer's mAP)",
-            "f1": f"{logits}, probability above 0.5, macro average over the classes that occur",
-            "image_f1": f"{logits}, probability above 0.5, average over the images (ToCo's F1)",
-            "over_smoothing": f"{logits}, mean cosine of the patch tokens after the last block",
+            key: replace(alone, definition=definition)
+            for key, definition in {
+                "map": "macro average over the classes that occur",
+                "image_map": "average over the images (MCTformer's mAP)",
+                "f1": "probability above 0.5, macro average over the classes that occur",
+                "image_f1": "probability above 0.5, average over the images (ToCo's F1)",
+                "over_smoothing": "mean cosine of the patch tokens after the last block",
+            }.items()
         }
 
-    def _scales(self) -> str:
-        """How the segmentation is fused."""
-        fusion = self.fusion if self.softmax == "after" else f"{self.fusion} of probabilities"
-        scales = "single scale" if tuple(self.scales) == (1.0,) else f"scales {_listed(self.scales)} ({fusion})"
-        return scales if self.flip == "none" else f"{scales} with flip ({self.flip})"
 
-    def _crf(self) -> str:
-        return "no CRF" if self.crf is None else "CRF " + ", ".join(f"{k} {v}" for k, v in self.crf.items())
+@dataclass(frozen=True)
+class Measured:
+    """How a figure was measured, which has to stand beside it; as text one sentence.
+
+    Attributes:
+        split: and its number of images.
+        extra_supervision: what the networks' first weights have seen beyond ImageNet-1k and image labels, as far as
+            their names tell.
+        checkpoint_rule: which checkpoint of its training this is: `last`; `best by` a figure of image labels; `best by
+            masks`, with the figure in brackets; `not known`.
+        scales: of the image.
+        flip: whether mirror images take part: `none`; `sum` or `max`, by which they are fused; `always`, as the method
+            fuses CAMs.
+        fusion: of the segmentation's scales; None for CAMs, and where there is one scale.
+        size: of the image at scale 1.
+        labels_at_test: which labels of the image its classes were chosen by: `true`, `predicted` or `none`.
+        crf: arguments of the dense CRF; None without.
+        threshold_rule: of the background of CAMs, see `Protocol`; `first_drop`, MCTformer's sweep; `every`, the mean
+            over all; `no background`; for pseudo masks their refinement. `best` and `first_drop` look at the masks.
+            None where there are no CAMs.
+        threshold: where the rule `fixed` has it, or the share of foreground of `area_prior`.
+        definition: what else tells the figure from others, in words.
+    """
+
+    split: str
+    extra_supervision: tuple[str, ...] = ()
+    checkpoint_rule: str = "not known"
+    scales: tuple[float, ...] = (1.0,)
+    flip: str = "none"
+    fusion: str | None = None
+    size: str = "image size"
+    labels_at_test: str = "none"
+    crf: Mapping[str, Any] | None = None
+    threshold_rule: str | None = None
+    threshold: float | None = None
+    definition: str | None = None
+
+    def parts(self) -> list[str]:
+        """The sentence in pieces."""
+        extra, scales = " and ".join(self.extra_supervision), ", ".join(f"{scale:g}" for scale in self.scales)
+        scaled = "single scale" if tuple(self.scales) == (1.0,) else f"scales {scales}"
+        fusion = f" ({self.fusion})" if self.fusion else ""
+        flip = {"none": "", "always": " with flip"}.get(self.flip, f" with flip ({self.flip})")
+        threshold = {
+            "fixed": f"threshold {self.threshold}",
+            "otsu": "Otsu's threshold of each class over all images, chosen without masks",
+            "area_prior": f"threshold with {self.threshold} of foreground, chosen without masks",
+            "best": "best threshold of 0 to 0.99, chosen with these masks",
+            "first_drop": "threshold of 0 to 0.59 at the first drop, chosen with these masks",
+            "every": "mean over the thresholds 0 to 0.99",
+        }
+        parts = [
+            self.split,
+            f"extra supervision {extra}" if extra else "no extra supervision known",
+            "last checkpoint" if self.checkpoint_rule == "last" else f"checkpoint {self.checkpoint_rule}",
+            f"{scaled}{fusion}{flip}",
+            self.size,
+            f"{'no' if self.labels_at_test == 'none' else self.labels_at_test} image labels",
+            "no CRF" if self.crf is None else "CRF " + ", ".join(f"{key} {value}" for key, value in self.crf.items()),
+            threshold.get(self.threshold_rule, self.threshold_rule) if self.threshold_rule else None,
+            self.definition,
+        ]
+        return [part for part in parts if part]
+
+    def __str__(self) -> str:
+        return ", ".join(self.parts())
 
 
-def _means(prefix: str, said: str) -> dict[str, str]:
+TRUE_LABELS = "true image labels"
+"""What is said of figures for which the test was told which classes an image shows."""
+
+
+def write_figures(folder: Path, figures: Mapping[str, Any], notes: Mapping[str, Measured]) -> None:
+    """`metrics.json`, figures and how they were measured in a sentence each; `tags.json`, the fields behind these."""
+    said = {key: note for key, note in notes.items() if key in figures}
+    write_json(folder / "tags.json", {key: asdict(note) for key, note in said.items()})
+    write_json(folder / "metrics.json", {**figures, **{f"protocol/{key}": str(note) for key, note in said.items()}})
+
+
+def _means(prefix: str, said: Measured) -> dict[str, Measured]:
     return {
         f"{prefix}miou": said,
-        f"{prefix}miou_all": f"{said}, mean over all ids, 0 for those that occur nowhere",
-        f"{prefix}foreground_miou": f"{said}, mean without the background",
+        f"{prefix}miou_all": replace(said, definition="mean over all ids, 0 for those that occur nowhere"),
+        f"{prefix}foreground_miou": replace(said, definition="mean without the background"),
     }
 
 
-def _of_masks(prefix: str, said: str) -> dict[str, str]:
+def _of_masks(prefix: str, said: Measured) -> dict[str, Measured]:
     """What is measured of masks that were made in one way."""
-    return _means(prefix, said) | {
-        f"{prefix}pixel_accuracy": said,
-        f"{prefix}boundary_miou": f"{said}, inside of contours by 2 % of the diagonal (Boundary IoU)",
-        f"{prefix}trimap_miou": f"{said}, 8 pixels round true contours",
-        f"{prefix}small_miou": f"{said}, classes on less than 1 % of the image",
-        f"{prefix}medium_miou": f"{said}, classes on 1 to 10 % of the image",
-        f"{prefix}large_miou": f"{said}, classes on 10 % of the image or more",
-        f"{prefix}cooccurrence": f"{said}, of pixels in images of several classes those taken for another of them",
-        f"{prefix}absent": f"{said}, of the foreground what is given to classes that the image does not show",
+    defined = {
+        "boundary_miou": "inside of contours by 2 % of the diagonal (Boundary IoU)",
+        "trimap_miou": "8 pixels round true contours",
+        "small_miou": "classes on less than 1 % of the image",
+        "medium_miou": "classes on 1 to 10 % of the image",
+        "large_miou": "classes on 10 % of the image or more",
+        "cooccurrence": "of pixels in images of several classes those taken for another of them",
+        "absent": "of the foreground what is given to classes that the image does not show",
     }
+    means = _means(prefix, said) | {f"{prefix}pixel_accuracy": said}
+    return means | {f"{prefix}{key}": replace(said, definition=definition) for key, definition in defined.items()}
 
 
-def extra_supervision(loaded: Sequence[str]) -> str:
+def extra_supervision(loaded: Sequence[str]) -> tuple[str, ...]:
     """What weights have seen beyond ImageNet-1k and image labels, if their names tell it.
 
     Args:
         loaded: in words which weights networks started from.
     """
-    found = dict.fromkeys(name for tag, name in TAGS.items() for words in loaded if tag in words.lower())
-    return f"extra supervision {' and '.join(found)}" if found else "no extra supervision known"
+    return tuple(dict.fromkeys(name for tag, name in TAGS.items() for words in loaded if tag in words.lower()))
 
 
 TAGS = {
@@ -185,7 +272,7 @@ TAGS = {
     "openai": "CLIP",
     "laion": "LAION",
     "lvd142m": "LVD-142M",
-    "sa1b": "SA-1B",
+    "sa1b": "SA-1B (SAM)",
 }
 """Parts of the names of weights, and the data beyond ImageNet-1k that they tell of."""
 
@@ -198,7 +285,3 @@ def check_scales(key: str, scales: Sequence[float]) -> None:
     """
     if not 1 <= len(scales) <= 32 or not all(0 < scale <= 16 for scale in scales):
         raise InputError(f"{key} is {reprlib.repr(list(scales))}: expected 1 to 32 factors, each above 0 and up to 16")
-
-
-def _listed(scales: Sequence[float]) -> str:
-    return ", ".join(f"{scale:g}" for scale in scales)

@@ -19,7 +19,7 @@ from wsss.cam import (
     resize_ids,
 )
 from wsss.evaluation.metrics import evaluation
-from wsss.evaluation.protocol import check_scales
+from wsss.evaluation.protocol import Measured, check_scales
 from wsss.methods.stage import Stage
 from wsss.refine.thresholds import cam_to_label
 
@@ -80,7 +80,7 @@ class WSSSModule(Stage):
 
     def least_side(self, cell: int) -> int:
         """Of an image that has a cell of so many pixels at all scales of its CAMs and of the protocol."""
-        return math.ceil(cell / min(1.0, *self.cam_scales, *self.protocol.scales))
+        return math.ceil(cell / min(self.protocol.smallest_scale, *self.cam_scales))
 
     def without_background(self) -> None:
         super().without_background()
@@ -118,8 +118,9 @@ class WSSSModule(Stage):
         """(B, H, W) ids, 255 ignore: the pixel supervision a method makes from its CAM."""
         return cam_to_label(cam, label, self.background_threshold)
 
-    def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(self.tagged(split), self.cam_scales, self.background_threshold, self.cam_names)
+    def describe(self, split: str) -> dict[str, Measured]:
+        on = self.measured_on(split)
+        notes = self.protocol.describe(on, self.cam_scales, self.background_threshold, self.cam_names)
         return {f"val/{key}": note for key, note in notes.items()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ What weights of ImageNet know already is kept: the features of an image are comp
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import by_max, reduce
+from wsss.evaluation.protocol import Measured
 from wsss.methods.base import WSSSModule
 from wsss.networks.frozen import FrozenNetwork
 from wsss.optim import cosine, stepwise
@@ -118,12 +120,11 @@ class FrozenCAM(WSSSModule):
             return self.normalise(first)
         return super().multiscale(image, first)
 
-    def describe(self, split: str) -> dict[str, str]:
-        notes, alone = super().describe(split), self.cam_scales == (1.0,)
-        said = self.frozen.described(notes)
-        return {
-            key: note.replace("scales 1 with flip", "single scale") if alone else note for key, note in said.items()
-        }
+    def describe(self, split: str) -> dict[str, Measured]:
+        notes = {key: replace(note, size=self.frozen.sized) for key, note in super().describe(split).items()}
+        if self.cam_scales == (1.0,):  # then no mirror image takes part
+            notes |= {key: replace(note, flip="none") for key, note in notes.items() if note.flip == "always"}
+        return notes
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         logits = self.classifier(self.dropout(batch["mean"])[:, :, None, None]).flatten(1)

@@ -1,6 +1,7 @@
 """Frozen segmentation: a small decoder of features that are computed once, trained on pseudo masks in seconds."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from wsss import InputError
 from wsss.cam import reduce, resize
 from wsss.evaluation.classification import ClassificationMAP
 from wsss.evaluation.metrics import SegmentationIoU
+from wsss.evaluation.protocol import Measured
 from wsss.methods.segmentation import PixelStage
 from wsss.networks.frozen import FrozenNetwork
 from wsss.optim import cosine, stepwise
@@ -103,8 +105,8 @@ class FrozenSegmentation(PixelStage):
     def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
         return self.decode(batch["features"].float()) if "features" in batch else self.infer(batch["image"], cams)
 
-    def describe(self, split: str) -> dict[str, str]:
-        return self.frozen.described(super().describe(split))
+    def describe(self, split: str) -> dict[str, Measured]:
+        return {key: replace(note, size=self.frozen.sized) for key, note in super().describe(split).items()}
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 from wsss.cam import reduced_size, resize, resize_ids
 from wsss.evaluation.metrics import SegmentationIoU
+from wsss.evaluation.protocol import Measured
 from wsss.methods.stage import Stage
 from wsss.networks.segmenters import build_segmenter
 from wsss.networks.weights import start_backbone
@@ -24,10 +25,10 @@ class PixelStage(Stage):
 
     @property
     def smallest_side(self) -> int:
-        return math.ceil(1 / min(1.0, *self.protocol.scales))  # a pixel at the smallest scale
+        return math.ceil(1 / self.protocol.smallest_scale)  # a pixel at the smallest scale
 
-    def describe(self, split: str) -> dict[str, str]:
-        notes = self.protocol.describe(self.tagged(split), (1.0,), 0.0, cam_names=())
+    def describe(self, split: str) -> dict[str, Measured]:
+        notes = self.protocol.describe(self.measured_on(split), (1.0,), 0.0, cam_names=())
         return {f"val/{key}": note for key, note in notes.items()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

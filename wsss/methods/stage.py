@@ -13,7 +13,7 @@ from wsss import InputError
 from wsss.cam import denormalise, multiscale_seg, reduce, resize
 from wsss.evaluation.details import OverSmoothing, mask_details, per_image
 from wsss.evaluation.metrics import SegmentationIoU, figures_of, tables_of
-from wsss.evaluation.protocol import Protocol, extra_supervision
+from wsss.evaluation.protocol import Measured, Protocol, extra_supervision
 from wsss.losses import build
 from wsss.refine.crf import dense_crf
 from wsss.writing import check_classes
@@ -64,6 +64,7 @@ class Stage(pl.LightningModule):
         self.metrics: Any = nn.ModuleDict()
         self.tables: dict[str, Any] = {}  # of the last evaluation, see `wsss.evaluation.metrics.tables_of`
         self.started_from: list[str] = []  # what `loaded` was in the training that a checkpoint comes from
+        self.checkpoint_rule = "last"  # of the training that a checkpoint comes from, see `Measured`
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
         self.loss_weights: dict[str, float] = {}
@@ -182,11 +183,11 @@ class Stage(pl.LightningModule):
         without_masks = ("map", "image_map", "f1")
         return [f"val/{key}" for key in self.metrics if has_masks or key in without_masks]
 
-    def tagged(self, split: str) -> str:
-        """A split, and what beside image labels has supervised this stage, as far as its first weights tell."""
-        return f"{split}, {extra_supervision(self.loaded or self.started_from)}"
+    def measured_on(self, split: str) -> Measured:
+        """What all figures of a split share: which checkpoint this is, and what its first weights tell of."""
+        return Measured(split, extra_supervision(self.loaded or self.started_from), self.checkpoint_rule)
 
-    def describe(self, split: str) -> dict[str, str]:
+    def describe(self, split: str) -> dict[str, Measured]:
         """For each evaluated figure what it was measured on and under which protocol."""
         return {}
 

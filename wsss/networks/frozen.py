@@ -1,7 +1,6 @@
 """A network with the weights of ImageNet, say, that never learns: its features are computed once for each image."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -104,13 +103,10 @@ class FrozenNetwork(nn.Module):
             return image
         return F.interpolate(image, size=size, mode="bilinear", antialias=True)
 
-    def described(self, notes: Mapping[str, str]) -> dict[str, str]:
-        """What a protocol says of its figures, with the size that the network works at."""
-        at = f"{self.size} pixels on the longer side"
-        return {
-            key: re.sub(r"image size, reduced to \d+|image size|resized to \d+x\d+", at, note)
-            for key, note in notes.items()
-        }
+    @property
+    def sized(self) -> str:
+        """The working size in words."""
+        return f"{self.size} pixels on the longer side"
 
     @property
     def key(self) -> str:

@@ -67,9 +67,9 @@ class LabelFolder:
 
     `settings.json` says from the beginning what they are made of, and nothing else may be added to them.
     `manifest.json`, the same and size and sha256 of every mask, and sha256 of its instances, is there when all of them
-    are, as is `metrics.json`. Where an image has a true mask, `counts/<id>.npz` holds what the figures of its CAMs are
-    made of. Nothing in the folder depends on how many processes have made it, nor on how often they were interrupted,
-    and no mask on true ones.
+    are, as are `metrics.json` and `tags.json`. Where an image has a true mask, `counts/<id>.npz` holds what the figures
+    of its CAMs are made of. Nothing in the folder depends on how many processes have made it, nor on how often they
+    were interrupted, and no mask on true ones.
 
     Args:
         out: the folder; made where it is missing.

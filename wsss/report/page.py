@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 import vl_convert
 
 from wsss import __version__
+from wsss.evaluation.protocol import TRUE_LABELS
 from wsss.report.charts import Chart, own_charts, shared_charts
 from wsss.report.reading import Run, same_but_seed
-from wsss.report.tables import TRUE_LABELS
 from wsss.writing import palette
 
 TITLES = {
@@ -181,7 +180,10 @@ def _table(
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    """Runs by the figures that stand for them, and what each of these was measured on."""
+    """Runs by the figures that stand for them, and what each of these was measured on.
+
+    Of evaluations of one checkpoint there are differences too, which its protocols alone make.
+    """
     keys = [key for key in TITLES if any(key in run.figures for run in runs)]
     if not keys:
         return "<p>No run has measured anything yet.</p>"
@@ -189,33 +191,30 @@ def _overview(runs: Sequence[Run]) -> str:
         [run.name + ("" if run.finished else " (unfinished)"), *(_number(run.figures.get(k)) for k in keys)]
         for run in runs
     ]
-    measured: list[tuple[Sequence[Any], str | None]] = []
+    firsts: dict[Path, Run] = {}
+    for run in runs:
+        if run.command == "eval" and run.checkpoint is not None:
+            first = firsts.setdefault(run.checkpoint.resolve(), run)
+            both = [key in first.figures and key in run.figures for key in keys]
+            if first is not run and any(both):
+                gaps = [
+                    f"{run.figures[k] - first.figures[k]:+.4f}" if b else "" for k, b in zip(keys, both, strict=True)
+                ]
+                rows.append([f"{run.name} less {first.name}, the same checkpoint", *gaps])
+    measured: list[tuple[Sequence[Any], Sequence[str] | None]] = []
     for key in keys:
-        said: dict[str, list[str]] = {}
+        said: dict[tuple[str, ...], list[str]] = {}
         for run in runs:
             if key in run.figures:
-                said.setdefault(run.notes.get(key, "not stated"), []).append(run.name)
+                said.setdefault(tuple(run.notes.get(key, ["not stated"])), []).append(run.name)
         for note, names in said.items():
             which = "" if len(said) == 1 else f" ({', '.join(names)})"
             measured.append(([TITLES[key] + which], note))
     return (
         _table("Figures of each run", ["run", *(TITLES[key] for key in keys)], rows)
         + _tagged("The protocol that each figure was measured under", ["figure"], measured)
-        + (GIVEN if any(TRUE_LABELS in (note or "") for _, note in measured) else "")
+        + (GIVEN if any(TRUE_LABELS in part for _, note in measured for part in note or ()) else "")
     )
-
-
-def _parts(note: str) -> list[str]:
-    """Of a protocol; what stands in brackets and the numbers of a list of scales stay together."""
-    parts: list[str] = []
-    for piece in note.split(", "):
-        before = parts[-1] if parts else ""
-        is_open = len(re.findall(r"[(\[]", before)) > len(re.findall(r"[)\]]", before))
-        if is_open or (before.startswith("scales ") and piece[0].isdigit()):
-            parts[-1] = f"{before}, {piece}"
-        else:
-            parts.append(piece)
-    return parts
 
 
 def _shared(notes: Sequence[Sequence[str]]) -> list[str]:
@@ -223,15 +222,11 @@ def _shared(notes: Sequence[Sequence[str]]) -> list[str]:
     return [part for part in notes[0] if all(part in note for note in notes)] if len(notes) > 1 else []
 
 
-def _tagged(caption: str, columns: Sequence[str], rows: Sequence[tuple[Sequence[Any], str | None]]) -> str:
+def _tagged(caption: str, columns: Sequence[str], rows: Sequence[tuple[Sequence[Any], Sequence[str] | None]]) -> str:
     """A table whose last column is of protocols, where there are any; what all of these share stands above it."""
-    parts = [None if note is None else _parts(note) for _, note in rows]
-    shared = _shared([part for part in parts if part is not None])
+    shared = _shared([note for _, note in rows if note is not None])
     above = f'<div class="note">Every figure with a protocol: {_tags(shared)}</div>' if shared else ""
-    full = [
-        [*cells, _tags([tag for tag in part or () if tag not in shared])]
-        for (cells, _), part in zip(rows, parts, strict=True)
-    ]
+    full = [[*cells, _tags([tag for tag in note or () if tag not in shared])] for cells, note in rows]
     return above + _table(caption, [*columns, "measured on"], full, raw=len(columns))
 
 

@@ -12,10 +12,11 @@ import yaml
 
 from wsss import InputError
 from wsss.config import flatten
+from wsss.evaluation.protocol import Measured
 from wsss.runs import NO_MATTER
 
 PROTOCOL = "protocol/"
-"""What the names of the sentences begin with that stand beside figures in metrics.json."""
+"""What the names of the sentences begin with that stand beside figures in metrics.json, for runs without tags.json."""
 
 VERSIONS = ("wsss", "python", "torch", "pytorch_lightning", "timm", "machine")
 """What run.json says of where a run was made."""
@@ -34,7 +35,7 @@ class Run:
         name: what it is called in a report.
         method: option of the group method, or its class.
         figures: numbers by name.
-        notes: by the name of a figure the protocol that it was measured under.
+        notes: by the name of a figure how it was measured, in parts of a sentence.
         tables: what is more than a number, by metric, see `wsss.evaluation.metrics.tables_of`.
         log: (step, value) by column of log/metrics.csv.
         settings: all that the result depends on, flat; those of a seed apart.
@@ -50,7 +51,7 @@ class Run:
     name: str
     method: str
     figures: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     log: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +150,8 @@ def _run(folder: Path) -> Run:
     target = str(config.get("method._target_", "method"))
     method = overrides.get("method") or labels.get("settings", {}).get("method") or target.rpartition(".")[2].lower()
     run = Run(folder, command, folder.name, str(method), overrides=overrides, finished=bool(values or labels))
-    run.notes = {key.removeprefix(PROTOCOL): str(v) for key, v in values.items() if key.startswith(PROTOCOL)}
+    run.notes = {key.removeprefix(PROTOCOL): [str(v)] for key, v in values.items() if key.startswith(PROTOCOL)}
+    run.notes |= _tags(folder / "tags.json")
     run.figures = {key: float(value) for key, value in values.items() if _is_number(value)}
     run.seconds, run.memory = run.figures.pop("seconds", None), run.figures.pop("peak_memory_mb", None)
     run.tables = read_object(folder / "tables.json") if (folder / "tables.json").is_file() else {}
@@ -229,6 +231,16 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise damaged(path)
     return flatten(content)
+
+
+def _tags(path: Path) -> dict[str, list[str]]:
+    """How figures were measured; nothing where a run is from before they were kept."""
+    tags = read_object(path) if path.is_file() else {}
+    try:
+        notes = {key: Measured(**fields) for key, fields in tags.items()}
+        return {key: note.parts() for key, note in notes.items() if str(note)}  # which holds text alone
+    except (TypeError, ValueError, AttributeError) as error:
+        raise damaged(path) from error
 
 
 def _is_number(value: Any) -> bool:

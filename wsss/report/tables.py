@@ -12,10 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-T = TypeVar("T")
-TRUE_LABELS = "true image labels"
-"""What a protocol says of figures for which the test was told which classes an image shows."""
+from wsss.evaluation.protocol import TRUE_LABELS, Measured
 
+T = TypeVar("T")
 STEPS = {"multiscale_": "+ scales", "crf_": "+ CRF"}
 """What the names of figures begin with that a protocol's extras give, and their column in a table."""
 
@@ -23,7 +22,7 @@ SUMMARY = ("val/map", "val/cam_miou", "val/cam_best_miou", "val/aux_cam_miou", "
 """The figures of a run that stand in tables over runs."""
 
 
-def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title: str) -> None:
+def print_figures(figures: Mapping[str, float], notes: Mapping[str, Measured], title: str) -> None:
     """A table of figures, each with the protocol it was measured under.
 
     Beside what was reached with a threshold stands what the masks' choice would have added, and beside a segmentation
@@ -38,7 +37,7 @@ def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title:
     columns = {heading: cells for heading, cells in columns.items() if cells}
     beside = tuple(f"val/{word}" for word in STEPS)
     rows = [key for key in figures if not key.endswith("gap") and not key.startswith(beside)]
-    parts = {key: notes[key].split(", ") for key in rows if notes.get(key)}
+    parts = {key: notes[key].parts() for key in rows if key in notes}
     shared = [p for p in next(iter(parts.values()), []) if all(p in others for others in parts.values())]
     shared = shared if len(parts) > 1 else []
     table = Table(title=escape(title), title_justify="left", caption_justify="left")
@@ -61,8 +60,9 @@ def print_figures(figures: Mapping[str, float], notes: Mapping[str, str], title:
     below = [f"all on {', '.join(shared)}"] if shared else []
     for word, heading in STEPS.items():
         if note_of_step := notes.get(f"val/{word}miou") if heading in columns else None:
-            below.append(f"{heading}: {', '.join(part for part in note_of_step.split(', ') if part not in shared)}")
+            below.append(f"{heading}: {', '.join(part for part in note_of_step.parts() if part not in shared)}")
     table.caption = Text("\n".join(below))
+    table.caption.highlight_words([TRUE_LABELS], "bold red")  # where all figures have them
     Console().print(table)
 
 
@@ -105,8 +105,9 @@ def print_pipeline(title: str, records: Mapping[str, Mapping[str, Any]]) -> None
         cells = [f"{name}, {record['status']}", f"{record['seconds']:.0f}", _cell(record.get("peak_memory_mb"))]
         for row, key in enumerate(shown or [""]):
             figure, value = known.get(key.rpartition("/")[2], ""), _cell(figures.get(key))
-            about = (figure, value, figures.get(f"protocol/{key}", ""))
-            table.add_row(*(map(escape, (*(cells if row == 0 else ("", "", "")), *about))))
+            said = Text(figures.get(f"protocol/{key}", ""))
+            said.highlight_words([TRUE_LABELS], "bold red")
+            table.add_row(*(map(escape, (*(cells if row == 0 else ("", "", "")), figure, value))), said)
         table.add_section()
     Console().print(table)
 
