@@ -129,6 +129,17 @@ def test_items_hold_the_pseudo_mask_and_no_true_one(pseudo: PseudoMasks) -> None
     assert "mask" not in with_truth[0]
 
 
+def test_the_weights_behind_pseudo_masks_are_known(pseudo: PseudoMasks) -> None:
+    assert pseudo.loaded == []  # drawn by hand, or by wsss-predict
+    settings = pseudo.folder.parent / "settings.json"
+    settings.write_text('{"loaded": ["timm weights a.in21k"]}')
+    assert pseudo.loaded == ["timm weights a.in21k"]
+    for damaged in ("[", "[]", '{"loaded": 3}'):
+        settings.write_text(damaged)
+        with pytest.raises(InputError, match=r"settings\.json is damaged"):
+            _ = pseudo.loaded
+
+
 @pytest.mark.parametrize(
     "transform",
     [FlipCrop(64), LongSideCrop(64, (40, 90), (0, 0, 0, 0)), ScaleCrop(64, (0.8, 2.0))],

@@ -15,7 +15,7 @@ from wsss.data.datamodule import DataModule
 from wsss.data.pseudo import PseudoMasks
 from wsss.data.shapes import Shapes
 from wsss.data.transforms import FlipCrop
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.protocol import Measured, Protocol
 from wsss.methods.cam import CAM
 from wsss.methods.stage import Stage
 
@@ -83,6 +83,11 @@ def test_without_figures() -> None:
     stage = Pixels(3)
     assert stage.figures(has_masks=True) == []
     assert stage.describe("val") == {}
+    stage.started_from = ["timm weights a.in21k"]  # of the network that has made its masks
+    assert stage.measured_on("val") == Measured("val", ("ImageNet-21k",), "last")
+    checkpoint: dict[str, Any] = {}
+    stage.on_save_checkpoint(checkpoint)
+    assert checkpoint["wsss"]["loaded"] == stage.started_from
     assert stage.illustrate({"image": torch.zeros(1, 3, 8, 8)}) == {}
 
 

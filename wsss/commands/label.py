@@ -161,6 +161,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
         "version": __version__,
         "checkpoint": checkpoint_path,
         "checkpoint_sha256": sha256(checkpoint_path),
+        "loaded": method.told,
     }
     origin |= {"fingerprint": images.fingerprint, "classes": images.classes, "settings": settings}
     return images, method, origin, skipped

@@ -89,6 +89,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     import pytorch_lightning as pl
 
     from wsss.assemble import build_data, build_method, check_supervision, check_views, fit_sizes, use_features
+    from wsss.data.pseudo import FromFolder
 
     choices = HydraConfig.get().runtime.choices
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -100,6 +101,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
         data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
         skipped += small
     check_supervision(method, data, choices["method"])
+    method.started_from = data.train.loaded if isinstance(data.train, FromFolder) else []
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:
         without = "" if data.has_masks else " without masks"

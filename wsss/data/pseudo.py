@@ -1,5 +1,6 @@
 """Pixel supervision: what an earlier stage made of image-level labels, and nothing else, may train a network."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ class FromFolder(Images):
 
     def _path(self, image_id: str) -> Path:
         return self.folder / f"{image_id}{self.suffix}"
+
+    @property
+    def loaded(self) -> list[str]:
+        """From which weights the network behind the files started, as `wsss-label` says; nothing where it does not.
+
+        Raises:
+            InputError: what it has written is damaged.
+        """
+        path = self.folder.parent / "settings.json"
+        if not path.is_file():
+            return []
+        try:
+            told = json.loads(path.read_bytes()).get("loaded", [])
+            return [str(words) for words in told]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"{path} is damaged: put it back, or remove it") from error
 
     @property
     def fingerprint(self) -> str:

@@ -63,7 +63,7 @@ class Stage(pl.LightningModule):
         self.protocol = Protocol()
         self.metrics: Any = nn.ModuleDict()
         self.tables: dict[str, Any] = {}  # of the last evaluation, see `wsss.evaluation.metrics.tables_of`
-        self.started_from: list[str] = []  # what `loaded` was in the training that a checkpoint comes from
+        self.started_from: list[str] = []  # `told` by the checkpoint that it comes from, or behind its pseudo masks
         self.checkpoint_rule = "last"  # of the training that a checkpoint comes from, see `Measured`
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
@@ -89,6 +89,11 @@ class Stage(pl.LightningModule):
         """From which weights the networks in here started, each told once; none where all are random."""
         told = (getattr(module, "loaded", None) for module in self.modules() if module is not self)
         return list(dict.fromkeys(filter(None, told)))
+
+    @property
+    def told(self) -> list[str]:
+        """From which weights all began that is in here: its networks, and those that made what it has learnt from."""
+        return list(dict.fromkeys([*self.loaded, *self.started_from]))
 
     @property
     def total_steps(self) -> int:
@@ -185,7 +190,7 @@ class Stage(pl.LightningModule):
 
     def measured_on(self, split: str) -> Measured:
         """What all figures of a split share: which checkpoint this is, and what its first weights tell of."""
-        return Measured(split, extra_supervision(self.loaded or self.started_from), self.checkpoint_rule)
+        return Measured(split, extra_supervision(self.told), self.checkpoint_rule)
 
     def describe(self, split: str) -> dict[str, Measured]:
         """For each evaluated figure what it was measured on and under which protocol."""
@@ -268,5 +273,5 @@ class Stage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         images = {"classes": list(self.classes), "mean": list(self.mean), "std": list(self.std)}
-        images |= {"has_background": self.has_background, "loaded": self.loaded or self.started_from}
+        images |= {"has_background": self.has_background, "loaded": self.told}
         checkpoint["wsss"] = images | {"protocol": asdict(self.protocol)} | self.origin
