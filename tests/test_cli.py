@@ -409,12 +409,6 @@ def test_sweep_ends_with_one_table_and_survives_a_bad_job(
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
 
 
-def test_offline_wandb(tmp_path: Path) -> None:
-    given = ["logger=wandb", "logger.offline=true", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert call("train", *OVERRIDES, *given) == 0
-    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "wsss"
 GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "checkpoints", "commandline", "config", "data", "evaluation", "methods",
-    "networks", "outputs", "predictor", "refine", "report", "runs", "stored",
+    "networks", "outputs", "predictor", "refine", "report", "runs", "stored", "trackers",
 }  # fmt: skip
 LAYERS = {
     "commands": COMMANDS,  # and none of commands
@@ -23,6 +23,7 @@ LAYERS = {
     "predictor": {"cam", "checkpoints", "config", "data", "refine"},
     "runs": {"config", "writing"},
     "callbacks": {"evaluation", "report", "writing"},
+    "trackers": {"report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs", "writing"},
     "networks": {"networks", "cam", "pairs", "pickles"},
     "losses": {"losses", "lattice", "cam", "pairs"},
@@ -44,7 +45,7 @@ LAYERS = {
 OUTSIDE = {
     "hydra": {"config", "commandline", "commands"},
     "albumentations": {"data/transforms"},
-    "pytorch_lightning": {"methods", "data/datamodule", "callbacks", "assemble", "runs", "commands"},
+    "pytorch_lightning": {"methods", "data/datamodule", "callbacks", "trackers", "assemble", "runs", "commands"},
     "timm": {"networks", "runs", "data/transforms"},
     "wandb": set(),
     "pydensecrf": {"refine/crf"},

@@ -74,7 +74,7 @@ class StepSeed(pl.Callback):
 
 
 class RunLog(pl.Callback):
-    """Hands the losses and rates of every `every`-th step, and each evaluation, to the logger.
+    """Hands the losses and rates of every `every`-th step, and each evaluation, to the loggers.
 
     What is more than a number of the last evaluation stands in tables.json, in the trainer's directory.
 
@@ -109,19 +109,19 @@ class RunLog(pl.Callback):
             write_json(Path(trainer.default_root_dir) / "tables.json", tables)
 
     def write(self, trainer: pl.Trainer, row: dict[str, float]) -> None:
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(row, step=trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        log = trainer.logger
-        rows = log.rows if isinstance(log, CSVLog) else 0
+        rows = sum(logger.rows for logger in trainer.loggers if isinstance(logger, CSVLog))
         checkpoint["log"] = {"rows": rows, "evaluated": self.evaluated, "figures": self.figures}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         log = checkpoint["log"]
         self.evaluated, self.figures = log["evaluated"], log["figures"]
-        if isinstance(trainer.logger, CSVLog):
-            trainer.logger.keep(log["rows"])
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.keep(log["rows"])
 
 
 class PerImageCounts(pl.Callback):

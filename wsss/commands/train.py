@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -27,6 +27,7 @@ def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
     from wsss.assemble import quieten
     from wsss.runs import choose_run, finished_figures, readable_checkpoint
+    from wsss.trackers import ending
 
     started = time.perf_counter()
     quieten()
@@ -43,9 +44,10 @@ def train(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         announce(cfg, out, method, data, skipped)
     try:
-        trainer.fit(method, data, ckpt_path=last, weights_only=True)
-        if data.val is not None and log.evaluated != trainer.global_step:
-            trainer.validate(method, data, verbose=False)
+        with ending():
+            trainer.fit(method, data, ckpt_path=last, weights_only=True)
+            if data.val is not None and log.evaluated != trainer.global_step:
+                trainer.validate(method, data, verbose=False)
     except InputError as error:
         if (out / "checkpoints" / "last.ckpt").exists():
             raise RunError(f"{message_of(error)} {KEPT.format(out=out)}") from error
@@ -127,6 +129,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     from wsss.assemble import build_trainer
     from wsss.callbacks import (
         BestCheckpoint,
+        CSVLog,
         FiniteLoss,
         LastCheckpoint,
         RunLog,
@@ -134,6 +137,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         StepSeed,
         WholeCheckpoints,
     )
+    from wsss.trackers import Showing
 
     settings = plain_values(cfg.trainer, "trainer")
     interval = min(settings["val_check_interval"], settings["max_steps"])
@@ -142,6 +146,10 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
+    loggers = [build(cfg.logger, "logger", save_dir=str(out))] if cfg.logger else []
+    if loggers and not isinstance(loggers[0], CSVLog):  # which there is beside others, for reports
+        loggers.insert(0, CSVLog(str(out)))
+        callbacks.append(Showing(data, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress(log))
     trainer = build_trainer(
@@ -151,7 +159,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
             "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1,
             "enable_progress_bar": False,  # ours counts steps
         },
-        logger=build(cfg.logger, "logger", save_dir=str(out)) if cfg.logger else False,
+        logger=loggers,
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],
         default_root_dir=out,

@@ -34,25 +34,34 @@ def overlay(image: Array, mask: Array, opacity: float = 0.5) -> Array:
 
 
 def save_examples(folder: Path, items: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
-    """`<name>.png` in a folder for each name: a grid, a row an image, of what a method's `illustrate` gives."""
+    """`<name>.png` in a folder for each of `example_grids`."""
+    for name, grid in example_grids(items).items():
+        with write_whole(folder / f"{name}.png") as file:
+            Image.fromarray(grid).save(file, format="PNG")
+
+
+def example_grids(items: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Array]:
+    """By name a picture (H, W, 3) uint8: a grid, a row an image, of what a method's `illustrate` gives."""
+    grids: dict[str, Array] = {}
     for name in dict.fromkeys(name for item in items for name in item):
         shown = [item[name] for item in items if name in item]
         titles = list(dict.fromkeys(title for row in shown for title in row))
         blank = np.full((1, 1, 3), 255, np.uint8)
-        grid = [[_picture(row["image"], row[title]) if title in row else blank for title in titles] for row in shown]
-        save_grid(folder / f"{name}.png", grid, titles)
+        rows = [[coloured(row["image"], row[title]) if title in row else blank for title in titles] for row in shown]
+        grids[name] = grid_of(rows, titles)
+    return grids
 
 
-def _picture(image: Any, value: Any) -> Array:
-    """(H, W, 3) uint8 of colours, of heat upon the image, or of ids."""
+def coloured(image: Any, value: Any) -> Array:
+    """(H, W, 3) uint8 of what `Stage.illustrate` gives: colours, heat upon the image, or ids in VOC's colours."""
     array = value.cpu().numpy()
     if array.ndim == 3:
         return array
     return heat(image.cpu().numpy(), array) if array.dtype.kind == "f" else paint(array)
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str], side: int = 160) -> None:
-    """A PNG of pictures (H, W, 3) uint8 in rows under column titles, each fitted into a square of `side` pixels."""
+def grid_of(rows: Sequence[Sequence[Array]], titles: Sequence[str], side: int = 160) -> Array:
+    """Pictures (H, W, 3) uint8 in rows under column titles, each fitted into a square of `side` pixels, as one."""
     gap, head = 4, 18
     sheet = Image.new("RGB", (len(titles) * (side + gap) + gap, len(rows) * (side + gap) + gap + head), "white")
     draw = ImageDraw.Draw(sheet)
@@ -64,8 +73,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Array]], titles: Sequence[str]
             factor = side / max(tile.size)
             tile = tile.resize([max(1, round(length * factor)) for length in tile.size], Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + x * (side + gap), head + gap + y * (side + gap)))
-    with write_whole(path) as file:
-        sheet.save(file, format="PNG")
+    return np.asarray(sheet)
 
 
 def thumbnail(value: Array, image: Array, longest: int = 320) -> tuple[bytes, tuple[int, int]]:
