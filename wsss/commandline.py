@@ -201,7 +201,9 @@ def explain(error: Exception, name: str, arguments: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option} does not exist: known are {', '.join(error.options) or 'none'}"
     if match := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text):
-        full = re.search(r"full_key: (\S+)", f"{text} {error.__cause__}")  # names the part of a dict that does not exist
+        full = re.search(
+            r"full_key: (\S+)", f"{text} {error.__cause__}"
+        )  # names the part of a dict that does not exist
         key = full[1] if full else match[1].partition("@")[0].lstrip("+~")
         return f"unknown config key {key}: {_siblings(key, name, arguments)}"
     if isinstance(error, OverrideParseException):
