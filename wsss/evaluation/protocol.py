@@ -32,6 +32,8 @@ class Protocol:
         crf: arguments of `wsss.refine.crf.dense_crf` for the segmentation; None for no CRF.
         image_labels: `true`: CAMs are cut to the labels of the image, as the field does; `predicted`: to the
             classes with a probability above one half.
+        segmentation_labels: `none`: the segmentation knows no labels; `true`: ids that the true labels of the image
+            rule out are none of its candidates, as CoSA's paper measures it, which no prediction can be.
         threshold: the rule that chooses the background threshold of CAMs. Before any mask is seen: `fixed` is the
             method's own, `otsu` and `area_prior` look at the values of all images, see
             `wsss.evaluation.metrics.CamIoU`. `best` is what papers do, the threshold that the masks like best. The
@@ -52,6 +54,7 @@ class Protocol:
     align_corners: bool = False
     crf: Mapping[str, Any] | None = None
     image_labels: str = "true"
+    segmentation_labels: str = "none"
     threshold: str = "fixed"
     area_prior: float | None = None
     extras: Mapping[str, Any] | None = None
@@ -59,6 +62,7 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, known in (
             ("image_labels", ("true", "predicted")),
+            ("segmentation_labels", ("none", "true")),
             ("flip", ("none", "sum", "max")),
             ("fusion", ("max", "sum")),
             ("softmax", ("after", "before")),
@@ -132,7 +136,8 @@ class Protocol:
         for word, step in self.steps().items():
             fusion = step.fusion if step.softmax == "after" else f"{step.fusion} of probabilities"
             fused = replace(alone, fusion=None if tuple(step.scales) == (1.0,) else fusion, flip=step.flip)
-            notes |= _of_masks(word, replace(fused, scales=tuple(step.scales), crf=step.crf))
+            fused = replace(fused, scales=tuple(step.scales), crf=step.crf, labels_at_test=self.segmentation_labels)
+            notes |= _of_masks(word, fused)
         for name in cam_names:
             notes |= _of_masks(f"{name}_", said["fixed"])
             notes |= _means(f"{name}_", said[first])

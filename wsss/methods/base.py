@@ -134,7 +134,7 @@ class WSSSModule(Stage):
         counts, mask = [], batch["mask"]
         size = reduced_size(mask.shape[-2:], self.protocol.max_side)
         if output["seg"] is not None:
-            for word, scores in self.segment_steps(batch["image"], size, output["seg"]).items():
+            for word, scores in self.segment_steps(batch["image"], size, output["seg"], label).items():
                 ids = resize_ids(scores.argmax(1), mask.shape[-2:])
                 self.metrics[f"{word}miou"].update(ids, mask)
                 counts += self.compare(ids, batch, word)

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from wsss import InputError
 from wsss.cam import reduced_size, resize, resize_ids
 from wsss.evaluation.metrics import SegmentationIoU
 from wsss.evaluation.protocol import Measured
@@ -42,7 +43,7 @@ class PixelStage(Stage):
             return {"counts": []}
         counts, size = [], batch["mask"].shape[-2:]
         work = reduced_size(size, self.protocol.max_side)
-        for word, scores in self.segment_steps(batch["image"], work, output["seg"]).items():
+        for word, scores in self.segment_steps(batch["image"], work, output["seg"], batch["label"]).items():
             ids = resize_ids(scores.argmax(1), size)
             self.metrics[f"{word}miou"].update(ids, batch["mask"])
             counts += self.compare(ids, batch, word)
@@ -72,12 +73,14 @@ class Segmentation(PixelStage):
         num_classes: C, foreground classes only.
         classes: their names.
         backbone: with the decoder `large_fov` as `CNN` has it, `resnet38` or the timm name of a convolutional network;
+            with `mask_transformer` the timm name of a plain vision transformer;
             with the others an encoder of segmentation-models-pytorch, e.g. `tu-` and a timm name.
         weights: of the backbone: None, or what `ResNet38`, timm or `EncoderDecoder` take.
         backbone_args: arguments of `ResNet38`, or of timm's constructor.
         init_checkpoint: a checkpoint of a method with this backbone, e.g. cam, to start it from, as PSA's followers do.
-        decoder: `large_fov`, or one of segmentation-models-pytorch (the extra `seg`): `unet`, `deeplabv3plus`, ...
-        decoder_args: `channels` and `dilation` of `large_fov`, or arguments of the other.
+        decoder: `large_fov`, `mask_transformer`, Segmenter's on a plain vision transformer, with which WeakTr ends, or
+            one of segmentation-models-pytorch (the extra `seg`): `unet`, `deeplabv3plus`, ...
+        decoder_args: `channels` and `dilation` of `large_fov`, `depth` of `mask_transformer`, or arguments of another.
         losses: weight and arguments of ce and clipped_ce; null leaves a term out.
         lr: learning rate of the backbone.
         head_lr_factor: all other parameters learn this much faster.
@@ -85,6 +88,7 @@ class Segmentation(PixelStage):
             and a momentum of 1e-5 instead of 0.9, is what its results were made with.
         momentum: of SGD.
         power: of the polynomial decay.
+        lr_floor: the fraction of the learning rates that the decay ends at.
     """
 
     start_arguments = ("weights", "init_checkpoint")
@@ -105,10 +109,13 @@ class Segmentation(PixelStage):
         weight_decay: float = 0.0,
         momentum: float = 1e-5,
         power: float = 0.9,
+        lr_floor: float = 0.0,
     ) -> None:
         losses = {"ce": {"weight": 1.0}} if losses is None else losses
         super().__init__(num_classes, classes, losses, ("ce", "clipped_ce"))
         self.save_hyperparameters()
+        if not 0 <= lr_floor <= 1:
+            raise InputError(f"lr_floor is {lr_floor}: expected a fraction of the learning rates, from 0 to 1")
         self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
         self.mean, self.std = self.network.normalisation or (self.mean, self.std)
         if init_checkpoint is not None:
@@ -136,4 +143,5 @@ class Segmentation(PixelStage):
             {"params": [p for p in learnt if p not in own], "lr": self.hparams.head_lr_factor * lr},
         ]
         optimizer = SGD(groups, momentum=self.hparams.momentum, weight_decay=self.hparams.weight_decay)
-        return stepwise(optimizer, warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power))
+        decay, floor = warmup_poly(self.total_steps, warmup_steps=0, power=self.hparams.power), self.hparams.lr_floor
+        return stepwise(optimizer, lambda step: floor + (1 - floor) * decay(step))

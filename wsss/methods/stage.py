@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import denormalise, multiscale_seg, reduce, resize
+from wsss.cam import denormalise, multiscale_seg, reduce, resize, with_background
 from wsss.evaluation.details import OverSmoothing, mask_details, per_image
 from wsss.evaluation.metrics import SegmentationIoU, figures_of, tables_of
 from wsss.evaluation.protocol import Measured, Protocol, extra_supervision
@@ -142,12 +142,18 @@ class Stage(pl.LightningModule):
         """
         return self._refine(image, self._fuse(image, size, seg, self.protocol), self.protocol)
 
-    def segment_steps(self, image: Tensor, size: Sequence[int], seg: Tensor) -> dict[str, Tensor]:
-        """`segment` for each of the protocol's `steps`; the CRF takes the scores that were fused before it."""
+    def segment_steps(self, image: Tensor, size: Sequence[int], seg: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """`segment` for each of the protocol's `steps`; the CRF takes the scores that were fused before it.
+
+        `label` (B, C) are the true labels, which the protocol may let rule out classes.
+        """
         results: dict[str, Tensor] = {}
         for name, protocol in self.protocol.steps().items():
             if name != "crf_":  # which comes last
                 scores = self._fuse(image, size, seg, protocol)
+                if protocol.segmentation_labels == "true":
+                    absent = with_background(label)[:, :, None, None] == 0
+                    scores = scores.masked_fill(absent, 0.0 if protocol.softmax == "before" else -1e5)
             results[name] = self._refine(image, scores, protocol)
         return results
 
