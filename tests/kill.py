@@ -22,12 +22,21 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import FROZEN_OVERRIDES, IRN_OVERRIDES, MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
+from tiny import (
+    FROZEN_OVERRIDES,
+    IRN_OVERRIDES,
+    MCTFORMER_OVERRIDES,
+    OVERRIDES,
+    RESNET38_OVERRIDES,
+    WEAKTR_OVERRIDES,
+    call,
+)
 
 SETTINGS = {
     "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
     **dict.fromkeys(("mctformer", "mctformer_v1"), MCTFORMER_OVERRIDES),
     "mctformer_plus": [o for o in MCTFORMER_OVERRIDES if "epochs" not in o],
+    "weaktr": WEAKTR_OVERRIDES,
     **dict.fromkeys(("cam", "seam", "ppc"), RESNET38_OVERRIDES),
     "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
     "irn": IRN_OVERRIDES,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wsss import InputError
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
+from wsss.methods.mctformer import OFFICIAL_MODULES
 from wsss.methods.toco import OFFICIAL_HEAD, _official_name, _our_name
 from wsss.networks.weights import read_state_dict
 
@@ -26,7 +27,9 @@ def toco_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mctformer_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> those of MCTformer, whose strict loading also wants what it never uses."""
+    """Our names -> those of MCTformer and WeakTr, whose strict loading also wants what they never use."""
+    for theirs, ours in OFFICIAL_MODULES.items():
+        state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
     official = {name.removeprefix("encoder.").removeprefix("position."): tensor for name, tensor in state.items()}
     classes, width = official["cls_token"].shape[1:]
     like = official["cls_token"]
@@ -45,3 +48,8 @@ def read_official(method: type[WSSSModule], path: Any) -> OfficialCheckpoint:
     if official is None:
         raise InputError(f"{path} is not of {method.__name__}")
     return official
+
+
+def cosa_to_official(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a stream of CoSA -> those of its code, which has ToCo's but for the ImageNet head."""
+    return {_official_name(name): tensor for name, tensor in state.items()}

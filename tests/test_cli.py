@@ -22,6 +22,7 @@ from tiny import (
     RESNET38_OVERRIDES,
     VOC_IDS,
     VOC_OVERRIDES,
+    WEAKTR_OVERRIDES,
     Ended,
     call,
     make_voc,
@@ -296,14 +297,15 @@ def test_classes_that_masks_cannot_hold(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("version", ["mctformer_v1", "mctformer", "mctformer_plus"])
+@pytest.mark.parametrize("version", ["mctformer_v1", "mctformer", "mctformer_plus", "weaktr"])
 def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained, evaluated, exported, evaluated again from the official layout, and asked for masks."""
     run, quiet = (
         tmp_path / "run",
         ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"],
     )
-    assert call("train", f"method={version}", *MCTFORMER_OVERRIDES, f"hydra.run.dir={run}") == 0
+    settings = WEAKTR_OVERRIDES if version == "weaktr" else MCTFORMER_OVERRIDES
+    assert call("train", f"method={version}", *settings, f"hydra.run.dir={run}") == 0
     figures = {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if k.startswith("val/")}
     of_labels = {"map", "image_map", "f1", "image_f1"}
     of_maps = {"miou", "miou_all", "foreground_miou", "gap", "otsu_miou", "otsu_gap", "best_miou", "best_threshold"}
@@ -319,7 +321,12 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         *(o for o in MCTFORMER_OVERRIDES if o.startswith("dataset.")),
         "method.cam_scales=[1.0, 0.75]",
     ]
-    told += ["method.attention_layers=2", "method.backbone=vit_tiny_patch16_224", "++method.backbone_args.num_heads=2"]
+    told += [
+        "method.background_threshold=0.39",
+        "method.attention_layers=2",
+        "method.backbone=vit_tiny_patch16_224",
+        "++method.backbone_args.num_heads=2",
+    ]
     for path, given in ((run / "checkpoints" / "last.ckpt", []), (official, told)):
         out = tmp_path / path.stem
         asked = ["protocol=single_scale", f"hydra.run.dir={out}"]

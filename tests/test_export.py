@@ -30,6 +30,7 @@ CNN = {"backbone": "resnet10t", "weights": None, "backbone_args": None, "size": 
 METHODS: dict[str, dict[str, Any]] = {
     "toco": METHOD | {"weights": None},
     **{name: VIT | {"attention_layers": 2} for name in ("mctformer_v1", "mctformer", "mctformer_plus")},
+    "weaktr": VIT | {"attention_layers": 2, "fusion": {"reduction": 2, "feature_reduction": 4}},
     **{name: {"backbone_args": SLIM, "weights": None} for name in ("cam", "seam", "ppc", "rcm_mam", "segmentation")},
     **dict.fromkeys(("frozen_cam", "frozen_segmentation"), CNN),
     "irn": {"backbone": "resnet18", "weights": None},

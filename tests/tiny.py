@@ -55,6 +55,7 @@ MCTFORMER_OVERRIDES = [
     "method.refine=true",
     "method.background_threshold=0.39",
 ]
+WEAKTR_OVERRIDES = [*MCTFORMER_OVERRIDES, "method.fusion={reduction: 2, feature_reduction: 4}"]
 RESNET38_OVERRIDES = [
     *SHARED,
     "method.backbone_args={width: 4, frozen_stages: 0, batch_norm_momentum: 0.1}",

@@ -14,10 +14,17 @@ from wsss.checkpoints import read_checkpoint
 from wsss.config import config_dir
 from wsss.losses import build as build_loss
 from wsss.methods.mctformer import MAPS, MCTformer
-from wsss.networks.mct import JointPosition, MCTEncoder, attend, global_average_pool, global_weighted_rank_pool
+from wsss.networks.mct import (
+    AdaptiveAttentionFusion,
+    JointPosition,
+    MCTEncoder,
+    attend,
+    global_average_pool,
+    global_weighted_rank_pool,
+)
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
-VERSIONS = ("mctformer_v1", "mctformer", "mctformer_plus")
+VERSIONS = ("mctformer_v1", "mctformer", "mctformer_plus", "weaktr")
 
 
 def build(version: str = "mctformer", num_classes: int = 3, **arguments: Any) -> MCTformer:
@@ -25,6 +32,8 @@ def build(version: str = "mctformer", num_classes: int = 3, **arguments: Any) ->
     node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "method" / f"{version}.yaml"))
     composed = {key: value for key, value in node.items() if key not in ("_target_", "attention_layers")}
     small = {"backbone": "vit_tiny_patch16_224", "backbone_args": SMALL, "attention_layers": 2}
+    if composed["fusion"] is not None:
+        small["fusion"] = composed["fusion"] | {"reduction": 2, "feature_reduction": 3}
     method = MCTformer(num_classes, **(composed | small | arguments))
     method.log = method.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return method
@@ -80,6 +89,11 @@ def test_an_image_smaller_than_a_patch_is_refused() -> None:
         ({"position": "none"}, "position is 'none': expected one of joint, split"),
         ({"classify_by": "all"}, "classify_by is 'all'"),
         ({"backbone_args": SMALL | {"img_size": 4}}, "img_size is 4: expected at least one patch of 8"),
+        ({"losses": {"fine_cls": {}}}, "losses.fine_cls: MCTformer does not compute it, only cls, patch_cls, cct"),
+        ({"fusion": {"reduction": 7}}, "fusion.reduction is 7: expected 1 to 6"),
+        ({"fusion": {"reduction": 2, "feature_reduction": 13}}, "fusion.feature_reduction is 13: expected 1 to 12"),
+        ({"fusion": {"pool": "sum"}}, "fusion.pool is 'sum': expected max or avg"),
+        ({"fusion": {"depth": 2}}, "fusion.depth does not exist: known are reduction, feature_reduction, pool"),
         ({"losses": {"cct": {"layers": 0}}}, "losses.cct.layers is 0"),
     ],
     ids=str,
@@ -125,7 +139,7 @@ def test_attention_is_fused_even_where_it_is_asked_for(monkeypatch: pytest.Monke
     assert len(calls) == 3
     method(batch()["image"])
     assert len(calls) == 6
-    _, heads = attend(method.encoder.blocks[0], torch.randn(2, 7, method.encoder.embed_dim))
+    _, _, heads = attend(method.encoder.blocks[0], torch.randn(2, 7, method.encoder.embed_dim))
     assert len(calls) == 7
     for head in heads:
         assert head.shape == (2, 7, 7)
@@ -193,7 +207,8 @@ def test_official_files_tell_their_version(tmp_path: Path, version: str) -> None
     checkpoint = read_checkpoint(str(path))
     assert checkpoint["wsss"]["method"] == version
     assert checkpoint["hyper_parameters"]["backbone_args"] == {
-        "embed_dim": 24, "depth": 3, "patch_size": 8, "img_size": 32, "mlp_ratio": 4.0, "num_heads": None,
+        "embed_dim": 24, "depth": 3, "patch_size": 8, "img_size": 32, "mlp_ratio": 4.0,
+        "num_heads": 2 if version == "weaktr" else None,
     }  # fmt: skip
     assert all(torch.equal(tensor, method.state_dict()[name]) for name, tensor in checkpoint["state_dict"].items())
     assert checkpoint["state_dict"].keys() == method.state_dict().keys()
@@ -217,6 +232,41 @@ def test_damaged_official_files(tmp_path: Path, change: Any, said: str) -> None:
         read_checkpoint(str(tmp_path / "checkpoint.pth"))
     assert said in str(refused.value)
     assert "method=mctformer" in str(refused.value)
+
+
+def test_equal_weights_are_the_mean_attention() -> None:
+    method = build("weaktr").eval()
+    image = torch.randn(2, 3, 32, 40)
+    plain = MCTEncoder(3, "vit_tiny_patch16_224", None, SMALL)
+    plain.load_state_dict({n: t for n, t in method.encoder.state_dict().items() if not n.startswith("fusion.")})
+    assert method.encoder.fusion is not None
+    for layer in (0, 2):
+        torch.nn.init.zeros_(method.encoder.fusion.gate[layer].weight)  # the sigmoid of 0
+    fused, maps = method.encoder(image, attention=True).attention, plain(image, attention=True).attention
+    assert fused is not None
+    assert maps is not None
+    torch.testing.assert_close(2 * fused[0], maps.mean(0))
+
+
+def test_the_fusion_weighs_interleaved_channels() -> None:
+    """Against a hand-written table: channel c is of head c mod H; map m of head m // L in block m mod L."""
+    depth, heads, width = 3, 2, 6
+    fusion = AdaptiveAttentionFusion(depth, heads, width, reduction=2, feature_reduction=3, pool="avg")
+    outputs = torch.randn(depth, 1, 4, width)
+    features = []
+    for head in range(heads):
+        for layer in range(depth):
+            channels = [head, head + 2, head + 4]
+            features.append(fusion.feature(outputs[layer, 0, :, channels].mean(0)))
+    expected = fusion.gate(torch.cat(features))
+    torch.testing.assert_close(fusion(outputs)[0].flatten(), expected)
+
+
+def test_refined_maps_teach_the_fusion_alone() -> None:
+    method = build("weaktr", losses={"fine_cls": {}})
+    method.training_step(batch(), 0)["loss"].backward()
+    taught = {name for name, p in method.named_parameters() if p.grad is not None}
+    assert taught == {name for name, _ in method.named_parameters() if name.startswith("encoder.fusion.")}
 
 
 def test_pooling() -> None:

@@ -92,11 +92,38 @@ def test_head_learns_faster_and_what_is_frozen_not_at_all(monkeypatch: pytest.Mo
     assert len(body["params"]) + 4 == sum(p.requires_grad for p in stage.parameters())
 
 
+def test_segmenter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WeakTr's last stage: every parameter learns, rates end at a floor, any size."""
+    monkeypatch.setattr(Segmentation, "total_steps", 10)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    network = {
+        "backbone": "vit_tiny_patch16_224",
+        "decoder": "mask_transformer",
+        "losses": {"clipped_ce": {"patch": 8}},
+    }
+    stage = Segmentation(3, backbone_args=small, lr_floor=0.1, **network)
+    stage.log = stage.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    assert stage(torch.zeros(2, 3, 33, 41))["seg"].shape == (2, 4, 4, 5)
+    mask = torch.randint(0, 4, (2, 32, 40))
+    stage.training_step({"image": torch.randn(2, 3, 32, 40), "pseudo_mask": mask}, 0)["loss"].backward()
+    assert [name for name, p in stage.named_parameters() if p.grad is None] == []
+    configured: Any = stage.configure_optimizers()
+    schedule = configured["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert schedule(0) == 1
+    assert schedule(5) == pytest.approx(0.1 + 0.9 * 0.5**0.9)
+    with pytest.raises(InputError, match=r"decoder_args.depth is 0"):
+        Segmentation(3, backbone_args=small, decoder_args={"depth": 0}, **network)
+    with pytest.raises(InputError, match="not a plain vision transformer"):
+        Segmentation(3, **network | {"backbone": "resnet18"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"decoder_args": {"dilation": 0}}, "decoder_args.dilation is 0"),
         ({"decoder_args": {"depth": 3}}, "decoder_args.depth: large_fov takes channels, dilation"),
+        ({"decoder": "mask_transformer"}, "decoder_args.channels: mask_transformer takes depth"),
+        ({"lr_floor": 2}, "lr_floor is 2"),
         ({"backbone": "resnet1"}, "unknown backbone 'resnet1'"),
         ({"losses": {"seg": {"weight": 1.0}}}, "losses.seg: Segmentation does not compute it, only ce, clipped_ce"),
     ],

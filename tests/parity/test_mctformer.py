@@ -144,7 +144,7 @@ def test_forward(recordings: Any, match: Any, methods: Any, version: str, name: 
     position = encoder.position(size, tuple(image.shape[-2:]))
     raw, state = [], embedded
     for block in encoder.blocks:
-        state, heads = attend(block, state)
+        state, _, heads = attend(block, state)
         raw.append(torch.stack(list(heads), dim=1))
     ours = {
         "cls_logits": tokens.class_tokens[-1].mean(-1),

@@ -9,11 +9,12 @@ from wsss.cam import resize
 from wsss.losses.registry import register
 
 
-@register("cls", "aux_cls", "patch_cls")
+@register("cls", "aux_cls", "patch_cls", "fine_cls")
 class ClassificationLoss(nn.Module):
     """Multi-label soft-margin loss, the mean over images and classes of binary cross-entropy with logits.
 
-    `aux_cls` is the same loss on the logits of an intermediate layer, `patch_cls` on those of the patch tokens.
+    `aux_cls` is the same loss on the logits of an intermediate layer, `patch_cls` on those of the patch tokens,
+    `fine_cls` on the means of maps that attention has refined (WeakTr).
 
     Examples:
         >>> label = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # the second image shows nothing

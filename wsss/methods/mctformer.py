@@ -1,4 +1,7 @@
-"""MCTformer: multi-class token transformer (Xu et al., CVPR 2022, arXiv 2203.02891; TPAMI 2024, arXiv 2308.03005)."""
+"""MCTformer: multi-class token transformer (Xu et al., CVPR 2022, arXiv 2203.02891; TPAMI 2024, arXiv 2308.03005).
+
+WeakTr (Zhu et al., arXiv 2304.01184) is MCTformer with attention maps that are weighted for each image.
+"""
 
 import math
 import warnings
@@ -14,7 +17,7 @@ from torch.optim import AdamW
 from wsss import InputError
 from wsss.cam import min_max
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
-from wsss.networks.mct import MCTEncoder, global_average_pool, global_weighted_rank_pool
+from wsss.networks.mct import MCTEncoder, MCTTokens, global_average_pool, global_weighted_rank_pool
 from wsss.networks.weights import VIT_LAYOUT, compare_layout, vit_arguments
 from wsss.optim import stepwise, warmup_cosine
 
@@ -35,17 +38,18 @@ PAPER_LR_TIMES_WIDTH = 6.25e-5 * 384
 class MCTformer(WSSSModule):
     """Class tokens, one per class, whose attention to the patches localises the classes.
 
-    The three published versions are three sets of arguments; the defaults are V2:
+    The three published versions and WeakTr are four sets of arguments; the defaults are V2:
 
-    | | V1 | V2 | + |
-    |---|---|---|---|
-    | `patch_pooling` | None | gap | gwrp |
-    | `map_type` | attention | fused | root_fused |
-    | `attention_layers` | 3 | 3 | 12 |
-    | `position` | joint | joint | split |
-    | `classify_by` | class_tokens | class_tokens | both |
-    | `losses` | cls | cls, patch_cls | cls, patch_cls, cct |
-    | `cam_scales` | 1 | 1 | 1, 0.75, 1.25 |
+    | | V1 | V2 | + | WeakTr |
+    |---|---|---|---|---|
+    | `patch_pooling` | None | gap | gwrp | gap |
+    | `map_type` | attention | fused | root_fused | fused |
+    | `attention_layers` | 3 | 3 | 12 | (all) |
+    | `fusion` | None | None | None | reduction 8, 8, max |
+    | `position` | joint | joint | split | joint |
+    | `classify_by` | class_tokens | class_tokens | both | class_tokens |
+    | `losses` | cls | cls, patch_cls | cls, patch_cls, cct | cls, patch_cls, fine_cls |
+    | `cam_scales` | 1 | 1 | 1, 0.75, 1.25 | 1, 1.2 |
 
     Args:
         num_classes: C, foreground classes only.
@@ -58,12 +62,15 @@ class MCTformer(WSSSModule):
         patch_pooling: how the patch CAM becomes logits, `gap` (mean) or `gwrp` (weighted by rank); None: there is
             no patch CAM.
         map_type: `attention`, `patchcam`, their product (`fused`) or its square root (`root_fused`).
-        attention_layers: number of last blocks whose attention is averaged.
+        attention_layers: number of last blocks whose attention is averaged; of no effect with a `fusion`.
+        fusion: `reduction`, `feature_reduction` and `pool` of `AdaptiveAttentionFusion` (WeakTr), whose weighted mean
+            of the attention of all heads and blocks takes the place of both sums; it learns from `fine_cls` alone.
         refine: spread the maps with the attention between patches, summed over all blocks.
         classify_by: whose logits tell the classes, `class_tokens`, or the mean of `both` heads.
         cam_scales: scales of the multi-scale maps; 1 always takes part.
         background_threshold: up to this value a CAM means background in the evaluation.
-        losses: weight and arguments of cls, patch_cls, cct; null leaves a term out.
+        losses: weight and arguments of cls, patch_cls, cct and, with a `fusion`, fine_cls, on the means of the
+            finished maps; null leaves a term out.
         lr: peak of the cosine schedule, which starts before the warm-up ends and is never quite reached.
         min_lr: its end.
         warmup_lr: rate of the first epoch.
@@ -87,6 +94,7 @@ class MCTformer(WSSSModule):
         patch_pooling: str | None = "gap",
         map_type: str = "fused",
         attention_layers: int = 3,
+        fusion: Mapping[str, Any] | None = None,
         refine: bool = True,
         classify_by: str = "class_tokens",
         cam_scales: Sequence[float] = (1.0,),
@@ -101,7 +109,9 @@ class MCTformer(WSSSModule):
     ) -> None:
         if losses is None:
             losses = {"cls": {"weight": 1.0}, "patch_cls": {"weight": 1.0}}
-        computed = ("cls", "cct") if patch_pooling is None else ("cls", "patch_cls", "cct")
+        computed = ["cls", "cct"] if patch_pooling is None else ["cls", "patch_cls", "cct"]
+        if fusion is not None:
+            computed.append("fine_cls")
         super().__init__(num_classes, classes, background_threshold, cam_scales, losses, computed)
         self.save_hyperparameters()
         for name, value, known in (
@@ -112,7 +122,7 @@ class MCTformer(WSSSModule):
             if value not in known:
                 without = " without patch_pooling" if patch_pooling is None else ""
                 raise InputError(f"{name} is {value!r}: expected{without} one of {', '.join(map(str, known))}")
-        self.encoder = MCTEncoder(num_classes, backbone, weights, backbone_args, position)
+        self.encoder = MCTEncoder(num_classes, backbone, weights, backbone_args, position, fusion)
         pace = lr * self.encoder.embed_dim / PAPER_LR_TIMES_WIDTH
         if weights is not None and pace > 1.5:
             warnings.warn(
@@ -138,34 +148,41 @@ class MCTformer(WSSSModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
-        tokens = self.encoder(batch["image"])
+        tokens = self.encoder(batch["image"], attention="fine_cls" in self.losses)
+        patch_cam = None if self.head is None else self.head(tokens.patches)
         terms: dict[str, Tensor] = {}
         if "cls" in self.losses:
             terms["cls"] = self.losses["cls"](tokens.class_tokens[-1].mean(-1), label)
         if "patch_cls" in self.losses:
-            assert self.head is not None  # or patch_cls would have been refused
-            terms["patch_cls"] = self.losses["patch_cls"](self.pool(self.head(tokens.patches)), label)
+            assert patch_cam is not None  # or patch_cls would have been refused
+            terms["patch_cls"] = self.losses["patch_cls"](self.pool(patch_cam), label)
         if "cct" in self.losses:
             terms["cct"] = self.losses["cct"](tokens.class_tokens, label)
+        if "fine_cls" in self.losses:
+            _, fine = self.maps(tokens, None if patch_cam is None else patch_cam.detach())
+            terms["fine_cls"] = self.losses["fine_cls"](global_average_pool(fine), label)
         return self.combine(terms, self.loss_weights)
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam and attention (B, C, h, w), the class attention alone; seg None."""
         tokens = self.encoder(image, attention=True)
+        logits = tokens.class_tokens[-1].mean(-1)
+        patch_cam = None if self.head is None else self.head(tokens.patches)
+        if patch_cam is not None and self.hparams.classify_by == "both":
+            logits = (logits + self.pool(patch_cam)) / 2
+        attention, cam = self.maps(tokens, patch_cam)
+        return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
+
+    def maps(self, tokens: MCTTokens, patch_cam: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Class attention and localisation maps, both (B, C, h, w), from tokens with attention and the patch CAM."""
         assert tokens.attention is not None
         classes, size = self.num_classes, tokens.patches.shape[-2:]
-        logits = tokens.class_tokens[-1].mean(-1)
         attention = tokens.attention[-self.hparams.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
-        cam = attention
-        if self.head is not None:
-            patch_cam = self.head(tokens.patches)
-            cam = self.locate(attention, patch_cam.relu())
-            if self.hparams.classify_by == "both":
-                logits = (logits + self.pool(patch_cam)) / 2
+        cam = attention if patch_cam is None else self.locate(attention, patch_cam.relu())
         if self.hparams.refine:
             affinity = tokens.attention[:, :, classes:, classes:].sum(0)  # what each row's patch takes from the others
             cam = (cam.flatten(2) @ affinity.mT).unflatten(2, size)
-        return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
+        return attention, cam
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decayed: list[Tensor] = []
@@ -180,7 +197,10 @@ class MCTformer(WSSSModule):
 
     @classmethod
     def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
-        """A checkpoint of V1, V2 or +; it tells `num_classes` and `backbone_args`, see `vit_arguments`."""
+        """A checkpoint of V1, V2, + or WeakTr; it tells `num_classes` and `backbone_args`, see `vit_arguments`.
+
+        One of WeakTr also tells the heads and the reductions, but not how `fusion` pools: as published.
+        """
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         if "cls_token" not in state:
             return None
@@ -192,6 +212,8 @@ class MCTformer(WSSSModule):
             )
         if "pos_embed_cls" in state or "pos_embed_pat" in state:
             version = "mctformer_plus"
+        elif any(name.startswith(OFFICIAL_FUSION) for name in state):
+            version = "weaktr"
         else:
             version = "mctformer" if head.ndim == 4 else "mctformer_v1"
         faults, sizes = compare_layout(state, OFFICIAL_LAYOUT | VERSIONS[version], ("norm.weight", "norm.bias"))
@@ -199,15 +221,27 @@ class MCTformer(WSSSModule):
         side = math.isqrt(max(0, patches))
         if not faults and (side == 0 or side**2 != patches):
             faults = f"has {patches} patch positions, which is no square grid"
+        if not faults and version == "weaktr" and sizes["maps"] * sizes["head"] != sizes["depth"] * sizes["width"]:
+            faults = f"weighs {sizes['maps']} maps of heads of {sizes['head']} channels, not all of its heads"
         if faults:
             raise InputError(
                 f"checkpoint {path} looks like one of the original MCTformer code (method={version}), but it {faults}; "
-                "give a checkpoint.pth of V1, V2 or +, or a checkpoint of wsss-train"
+                "give a checkpoint.pth of V1, V2, + or WeakTr, or a checkpoint of wsss-train"
             )
-        values = {"num_classes": sizes["classes"], "backbone_args": vit_arguments(sizes, side)}
+        values: dict[str, Any] = {"num_classes": sizes["classes"], "backbone_args": vit_arguments(sizes, side)}
+        if version == "weaktr":
+            values["backbone_args"]["num_heads"] = sizes["width"] // sizes["head"]
+            values["fusion"] = {
+                "reduction": sizes["maps"] // sizes["bottleneck"],
+                "feature_reduction": sizes["head"] // sizes["between"],
+                "pool": "max",
+            }
         used = {n: t.float() for n, t in state.items() if not f"{n}.".startswith(UNUSED[version])}
         return OfficialCheckpoint(version, {_our_name(name): tensor for name, tensor in used.items()}, values)
 
+
+OFFICIAL_FUSION = "adaptive_attention_fusion."
+"""How the names of WeakTr's fusion begin."""
 
 OFFICIAL_LAYOUT = {
     "cls_token": "1 classes width",
@@ -227,14 +261,38 @@ VERSIONS = {
         "pos_embed_pat": "1 patches width",
         "head.weight": "classes width 3 3",
     },
+    "weaktr": {
+        "pos_embed": "1 positions width",
+        "head.weight": "classes width 3 3",
+        f"{OFFICIAL_FUSION}attn_head_ffn.0.weight": "bottleneck maps",
+        f"{OFFICIAL_FUSION}attn_head_ffn.2.weight": "maps bottleneck",
+        f"{OFFICIAL_FUSION}attn_feat_ffn.0.weight": "between head",
+        f"{OFFICIAL_FUSION}attn_feat_ffn.0.bias": "between",
+        f"{OFFICIAL_FUSION}attn_feat_ffn.1.weight": "1 between",
+        f"{OFFICIAL_FUSION}attn_feat_ffn.1.bias": "1",
+    },
 }
 """What is in the files of one version, by the name of our method."""
 
-UNUSED = {"mctformer_v1": ("norm.", "head."), "mctformer": ("norm.",), "mctformer_plus": ("norm.", "pos_embed.")}
+UNUSED = {
+    "mctformer_v1": ("norm.", "head."),
+    "mctformer": ("norm.",),
+    "mctformer_plus": ("norm.", "pos_embed."),
+    "weaktr": ("norm.",),
+}
 """What a file holds and the network never uses, by the name of our method."""
+
+OFFICIAL_MODULES = {
+    f"{OFFICIAL_FUSION}attn_head_ffn.": "encoder.fusion.gate.",
+    f"{OFFICIAL_FUSION}attn_feat_ffn.": "encoder.fusion.feature.",
+}
+"""First part of the names of WeakTr -> ours."""
 
 
 def _our_name(name: str) -> str:
     """A name of the original -> ours."""
+    for first, ours in OFFICIAL_MODULES.items():
+        if name.startswith(first):
+            return ours + name.removeprefix(first)
     places = {"pos_embed": "encoder.position.", "head.": ""}
     return next((place for first, place in places.items() if name.startswith(first)), "encoder.") + name

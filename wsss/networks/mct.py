@@ -106,7 +106,59 @@ class MCTTokens(NamedTuple):
 
     class_tokens: Tensor  # (L, B, C, D) after every block
     patches: Tensor  # (B, D, h, w) after the last block
-    attention: Tensor | None  # (L, B, C + h*w, C + h*w), mean over the heads
+    attention: Tensor | None  # (L, B, C + h*w, C + h*w), mean over the heads; of an adaptive fusion (1, B, ...)
+
+
+class AdaptiveAttentionFusion(nn.Module):
+    """Weights for the attention maps of all heads and blocks, made of what each head contributes (WeakTr's AAF).
+
+    Zhu et al., "WeakTr", arXiv 2304.01184. The output of a block's attention, after its projection, is taken apart into
+    one feature of every token and head; channel c belongs to head c mod H, the released code's interleaved view, though
+    the heads of the attention lie one behind the other. Pooled over the tokens, two linear layers make one number of
+    it, and a bottleneck of all these numbers the weights, between 0 and 1. Map m is that of head m // L, block m mod L.
+
+    Args:
+        depth: L, blocks.
+        heads: H.
+        width: of a token, which H divides.
+        reduction: the bottleneck has int(L*H / reduction) features.
+        feature_reduction: the linear layers have int(width / H / feature_reduction) between them.
+        pool: `max` or `avg` over class tokens and patches.
+
+    Raises:
+        InputError: no such pooling, or a reduction that leaves no feature.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        heads: int,
+        width: int,
+        reduction: int = 8,
+        feature_reduction: int = 8,
+        pool: str = "max",
+    ) -> None:
+        super().__init__()
+        if pool not in ("max", "avg"):
+            raise InputError(f"fusion.pool is {pool!r}: expected max or avg")
+        self.heads, self.pool = heads, pool
+        maps, channels = depth * heads, width // heads
+        for name, value, most in (("reduction", reduction, maps), ("feature_reduction", feature_reduction, channels)):
+            if not 1 <= value <= most:
+                raise InputError(f"fusion.{name} is {value}: expected 1 to {most}, as many as there are to reduce")
+        between = int(channels / feature_reduction)
+        self.feature = nn.Sequential(nn.Linear(channels, between), nn.Linear(between, 1))
+        bottleneck = int(maps / reduction)
+        self.gate = nn.Sequential(
+            nn.Linear(maps, bottleneck, bias=False), nn.ReLU(), nn.Linear(bottleneck, maps, bias=False), nn.Sigmoid()
+        )
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """(L, B, N, D) outputs of the attention of all blocks -> (B, H, L) weights."""
+        features = outputs.unflatten(-1, (-1, self.heads)).permute(1, 4, 0, 2, 3)  # (B, H, L, N, D/H)
+        pooled = features.amax(3) if self.pool == "max" else features.mean(3)
+        size = pooled.shape[1:3]
+        return self.gate(self.feature(pooled).flatten(1)).unflatten(1, size)
 
 
 class MCTEncoder(nn.Module):
@@ -122,6 +174,8 @@ class MCTEncoder(nn.Module):
         arguments: what timm's constructor takes; `img_size` is the side of the square images that the position
             table is made for (the backbone's own when None).
         position: `joint` (V1, V2) or `split` (+).
+        fusion: arguments of `AdaptiveAttentionFusion`, which then makes one map of those of all blocks and learns from
+            it alone: the attention maps are constants for its gradient. None gives those of all blocks.
 
     Raises:
         InputError: unknown backbone, argument, tag or position; a file that does not fit.
@@ -134,6 +188,7 @@ class MCTEncoder(nn.Module):
         weights: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         position: str = "joint",
+        fusion: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -151,6 +206,10 @@ class MCTEncoder(nn.Module):
         first: Any = vit.blocks[0]
         self.num_heads: int = first.attn.num_heads
         self.num_prefix_tokens = num_classes  # timm's word for those before the patches
+        if unknown := (fusion or {}).keys() - {"reduction", "feature_reduction", "pool"}:
+            raise InputError(f"fusion.{min(unknown)} does not exist: known are reduction, feature_reduction, pool")
+        sizes = (len(self.blocks), self.num_heads, self.embed_dim)
+        self.fusion = AdaptiveAttentionFusion(*sizes, **fusion) if fusion is not None else None
         side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
         if side < 1:
             raise InputError(f"img_size is {size}: expected at least one patch of {self.patch_size} pixels")
@@ -186,14 +245,25 @@ class MCTEncoder(nn.Module):
         """image: (B, 3, H, W) normalised; `attention` maps cost time and memory."""
         tokens, size = self.embed(image)
         classes = self.cls_token.shape[1]
-        class_tokens, maps = [], []
+        class_tokens, outputs, attended, maps = [], [], [], []
         for block in self.blocks:
             if attention:
-                tokens, heads = attend(block, tokens)
-                maps.append(sum(heads, tokens.new_zeros(())) / self.num_heads)
+                tokens, output, heads = attend(block, tokens)
+                if self.fusion is not None:
+                    outputs.append(output.detach())
+                    attended.append(heads)
+                else:
+                    maps.append(sum(heads, tokens.new_zeros(())) / self.num_heads)
             else:
                 tokens = block(tokens)
             class_tokens.append(tokens[:, :classes])
+        if attention and self.fusion is not None:
+            weights = self.fusion(torch.stack(outputs))  # (B, H, L)
+            fused = tokens.new_zeros(())
+            for layer, heads in enumerate(attended):
+                for head, found in enumerate(heads):
+                    fused = fused + weights[:, head, layer, None, None] * found.detach()
+            maps.append(fused / weights[0].numel())
         patches = tokens[:, classes:].mT.unflatten(2, size)
         return MCTTokens(torch.stack(class_tokens), patches, torch.stack(maps) if attention else None)
 
@@ -215,22 +285,25 @@ def _trained_size(path: str) -> int:
     return math.isqrt(table.shape[1] - 1) * filters.shape[-1]
 
 
-def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-    """What a timm block does to tokens (B, N, D), and the attention (B, N, N) of each head after the softmax.
+def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Iterator[Tensor]]:
+    """What a timm block does to tokens, what its attention adds to them, and the attention of each head.
+
+    The first two are (B, N, D), the latter of them after the projection and before anything scales or drops it; the
+    attention is (B, N, N), after the softmax.
 
     The maps are made when they are asked for: those of all heads at once are the most memory that anything takes.
     """
     layer: Any = block.attn
     seen: list[Tensor] = []
-    norms = (layer.q_norm, layer.k_norm)
-    hooks = [norm.register_forward_hook(lambda _, inputs, output: seen.append(output)) for norm in norms]
+    watched = (layer.q_norm, layer.k_norm, layer)
+    hooks = [module.register_forward_hook(lambda _, inputs, output: seen.append(output)) for module in watched]
     try:
         tokens = block(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    queries, keys = (maps.unbind(1) for maps in seen)
-    return tokens, (((q * layer.scale) @ k.mT).softmax(-1) for q, k in zip(queries, keys, strict=True))
+    queries, keys = (maps.unbind(1) for maps in seen[:2])
+    return tokens, seen[2], (((q * layer.scale) @ k.mT).softmax(-1) for q, k in zip(queries, keys, strict=True))
 
 
 def global_average_pool(maps: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Segmentation networks: DeepLab-LargeFOV on a CNN, and the encoders and decoders of segmentation-models-pytorch."""
+"""Segmentation networks: DeepLab-LargeFOV on a CNN, Segmenter, and those of segmentation-models-pytorch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.networks.cnn import CNN
-from wsss.networks.vit import create_timm
+from wsss.networks.decoders import MaskTransformer
+from wsss.networks.vit import ViTEncoder, create_timm
 from wsss.networks.weights import is_file, load_weights, misfit, read_state_dict
 
 Normalisation = tuple[Any, Any]
@@ -49,6 +50,34 @@ class DeepLabLargeFOV(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.fc8_seg_conv2(F.relu(self.fc8_seg_conv1(self.encoder(image))))
+
+
+class Segmenter(nn.Module):
+    """A plain vision transformer with Segmenter's decoder, as WeakTr's last stage has it; all of it learns.
+
+    (B, 3, H, W) normalised -> (B, num_ids, h, w), the stride being the patch.
+
+    Args:
+        backbone, weights, backbone_args: see `ViTEncoder`.
+        num_ids: 1 + C.
+        depth: blocks of the decoder.
+    """
+
+    def __init__(
+        self, backbone: str, weights: str | None, backbone_args: Mapping[str, Any], num_ids: int, depth: int = 2
+    ) -> None:
+        super().__init__()
+        if not isinstance(depth, int) or depth < 1:
+            raise InputError(f"decoder_args.depth is {depth!r}: expected a whole number of at least 1")
+        self.normalisation: Normalisation | None = None
+        self.encoder = ViTEncoder(backbone, weights, backbone_args, aux_layer=-1)
+        first: Any = self.encoder.vit.blocks[0]
+        assert self.encoder.vit.pos_embed is not None  # ViTEncoder has seen to it
+        self.encoder.vit.pos_embed.requires_grad_(True)
+        self.decoder = MaskTransformer(self.encoder.embed_dim, num_ids, first.attn.num_heads, depth)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.decoder(self.encoder(image).patches)
 
 
 class EncoderDecoder(nn.Module):
@@ -133,8 +162,10 @@ def build_segmenter(
     decoder: str,
     decoder_args: Mapping[str, Any] | None,
     num_ids: int,
-) -> DeepLabLargeFOV | EncoderDecoder:
-    """The network of a decoder by its name, `large_fov` or one of segmentation-models-pytorch, from plain values.
+) -> DeepLabLargeFOV | Segmenter | EncoderDecoder:
+    """The network of a decoder by its name, from plain values.
+
+    It is `large_fov`, `mask_transformer` or one of segmentation-models-pytorch.
 
     None leaves an argument as it is.
 
@@ -145,8 +176,10 @@ def build_segmenter(
         {name: value for name, value in (given or {}).items() if value is not None}
         for given in (backbone_args, decoder_args)
     )
-    if decoder != "large_fov":
+    known = {"large_fov": ("channels", "dilation"), "mask_transformer": ("depth",)}
+    if decoder not in known:
         return EncoderDecoder(backbone, decoder, weights, body | head, num_ids)
-    if unknown := head.keys() - {"channels", "dilation"}:
-        raise InputError(f"decoder_args.{min(unknown)}: large_fov takes channels, dilation")
-    return DeepLabLargeFOV(backbone, weights, body, num_ids, **head)
+    if unknown := head.keys() - known[decoder]:
+        raise InputError(f"decoder_args.{min(unknown)}: {decoder} takes {', '.join(known[decoder])}")
+    network = DeepLabLargeFOV if decoder == "large_fov" else Segmenter
+    return network(backbone, weights, body, num_ids, **head)
