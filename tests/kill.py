@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import (
+    COSA_OVERRIDES,
     FROZEN_OVERRIDES,
     IRN_OVERRIDES,
     MCTFORMER_OVERRIDES,
@@ -34,6 +35,7 @@ from tiny import (
 
 SETTINGS = {
     "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
+    "cosa": COSA_OVERRIDES,
     **dict.fromkeys(("mctformer", "mctformer_v1"), MCTFORMER_OVERRIDES),
     "mctformer_plus": [o for o in MCTFORMER_OVERRIDES if "epochs" not in o],
     "weaktr": WEAKTR_OVERRIDES,

@@ -127,6 +127,8 @@ def test_plain_values_survive_hydra(value: Any) -> None:
         ("toco", "coco", "toco_coco"),
         ("segmentation", "voc", "large_fov"),
         ("segmentation", "coco", "large_fov"),
+        ("cosa", "voc", "cosa"),
+        ("cosa", "coco", "cosa"),
         ("cam", "voc", None),
     ],
 )

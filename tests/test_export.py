@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
-from tiny import METHOD, OVERRIDES, RESNET38_OVERRIDES, Ended
+from tiny import COSA, METHOD, OVERRIDES, RESNET38_OVERRIDES, Ended
 
 import wsss
 from wsss.config import class_named, method_option
@@ -29,6 +29,7 @@ VIT = {"backbone": "vit_tiny_patch16_224", "backbone_args": METHOD["backbone_arg
 CNN = {"backbone": "resnet10t", "weights": None, "backbone_args": None, "size": 64}
 METHODS: dict[str, dict[str, Any]] = {
     "toco": METHOD | {"weights": None},
+    "cosa": COSA | {"weights": None},
     **{name: VIT | {"attention_layers": 2} for name in ("mctformer_v1", "mctformer", "mctformer_plus")},
     "weaktr": VIT | {"attention_layers": 2, "fusion": {"reduction": 2, "feature_reduction": 4}},
     **{name: {"backbone_args": SLIM, "weights": None} for name in ("cam", "seam", "ppc", "rcm_mam", "segmentation")},

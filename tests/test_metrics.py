@@ -247,6 +247,8 @@ def test_protocol_is_said() -> None:
     assert str(notes["cam_miou"]) == f"{said}, {maps}"
     other = Protocol(size=448, image_labels="predicted").describe(Measured("test"), (1.0,), 0.5)
     assert "resized to 448x448, no" in str(other["miou"])
+    cut = Protocol(segmentation_labels="true").describe(Measured("val"), (1.0,), 0.5)
+    assert "single scale, image size, true image labels, no CRF" in str(cut["miou"])
     reduced = Protocol(max_side=1024).describe(Measured("val", checkpoint_rule="last"), (1.0,), 0.5)
     known = "val, no extra supervision known, last checkpoint"
     assert str(reduced["miou"]) == f"{known}, single scale, image size, reduced to 1024, no image labels, no CRF"
@@ -292,7 +294,10 @@ def test_figures_are_written_with_fields_and_sentences(tmp_path: Path) -> None:
     assert str(Measured(**tags["a"])) == str(note)  # which a report makes of them
 
 
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": -3}, {"max_side": 0}, {"image_labels": "none"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"size": 0}, {"size": -3}, {"max_side": 0}, {"image_labels": "none"}, {"segmentation_labels": "predicted"}],
+)
 def test_protocol_refuses(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):
         Protocol(**arguments)

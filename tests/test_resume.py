@@ -57,6 +57,18 @@ def test_bit_equal(tmp_path: Path) -> None:
     assert agreeing > 100
 
 
+@pytest.mark.parametrize(
+    ("method", "target"), [("weaktr", "wsss.methods.mctformer.MCTformer"), ("cosa", "wsss.methods.cosa.CoSA")]
+)
+def test_bit_equal_of_other_methods(method: str, target: str, tmp_path: Path) -> None:
+    """The attention's weights, and a teacher that is an average; no other random numbers take part."""
+    arguments = settings(method, steps=6, workers=0)
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    interrupted(*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto", step=3, method=target)
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto") == 0
+    assert compare(tmp_path / "a", tmp_path / "b")[1] == []
+
+
 def test_bit_equal_boundaries(tmp_path: Path) -> None:
     """IRN, whose mean displacement goes on, too; it learns from masks and evaluates nothing."""
     shapes = Shapes("train", train_size=6, size=32, num_classes=4)

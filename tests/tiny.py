@@ -78,6 +78,12 @@ FROZEN_OVERRIDES = [
     "data.eval_batch_size=1",
     f"features.folder={Path(tempfile.gettempdir()) / 'wsss-test-features'}",
 ]
+COSA: dict[str, Any] = {
+    **{key: METHOD[key] for key in ("backbone", "backbone_args", "aux_layer", "decoder_channels", "decoder_dilation")},
+    "cam_scales": [1.0, 0.5],
+    "loss_warmup_steps": 0,
+}
+COSA_OVERRIDES = [*SHARED, *(f"method.{key}={as_override(value)}" for key, value in COSA.items())]
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 

@@ -18,6 +18,7 @@ from wsss.data.folder import Folder
 from wsss.data.pseudo import PseudoMasks, PseudoScores
 from wsss.data.shapes import Shapes
 from wsss.data.transforms import (
+    CoSAViews,
     FlipCrop,
     JitterCrop,
     LongSideCrop,
@@ -182,7 +183,9 @@ def test_around_an_image_is_nothing_or_as_released_background() -> None:
         ScaleCrop(padding=3)
 
 
-@pytest.mark.parametrize("transform", [ToCoViews(32), RandAugmentCrop(32)], ids=["toco", "randaugment"])
+@pytest.mark.parametrize(
+    "transform", [ToCoViews(32), CoSAViews(32), RandAugmentCrop(32)], ids=["toco", "cosa", "randaugment"]
+)
 def test_transforms_that_pixels_cannot_follow_refuse_them(pseudo: PseudoMasks, transform: Any) -> None:
     module = DataModule(pseudo, transform=transform, num_workers=0)
     with pytest.raises(InputError, match="pseudo_mask could not follow"):

@@ -15,7 +15,9 @@ from wsss import InputError
 from wsss.data import pixels
 from wsss.data.pixels import Normalise
 from wsss.data.transforms import (
+    OPERATIONS,
     Blur,
+    CoSAViews,
     Jitter,
     JitterCrop,
     LongSideCrop,
@@ -31,6 +33,7 @@ from wsss.data.transforms import (
 PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 TRANSFORMS = {
     "toco": ToCoViews(crop_size=48),
+    "cosa": CoSAViews(crop_size=48),
     "randaugment": RandAugmentCrop(crop_size=48),
     "jitter": JitterCrop(crop_size=48),
     "long_side": LongSideCrop(crop_size=48, long_side=(40, 80)),
@@ -101,6 +104,27 @@ def test_pixels_of_all_sizes_are_pils(shape: tuple[int, int]) -> None:
         whole = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
         part = pixels.enlarge_part(image, (height, width), slice(top, bottom), slice(left, right))
         assert (part == whole[top:bottom, left:right]).all()
+
+
+def test_views_of_cosa_show_the_same_pixels() -> None:
+    """Both are the scaled window that ToCo cuts; the strong one went through one operation, in both of its views."""
+    views, seen = CoSAViews(crop_size=70, blur=0.0), set()
+    for seed in range(60):
+        found, rng = views({"image": PHOTOGRAPH}, np.random.default_rng(seed)), np.random.default_rng(seed)
+        scaled = scale_image(PHOTOGRAPH, rng.uniform(0.5, 2.0))
+        cut = random_crop({"image": mirror(scaled) if rng.random() < 0.5 else scaled}, 70, rng)
+        assert (found["image"] == cut["image"]).all()
+        assert (found["image_box"] == cut["image_box"]).all()
+        rng.random()
+        name = list(OPERATIONS)[rng.integers(9)]
+        expected = OPERATIONS[name](Image.fromarray(found["image"]), int(rng.integers(1, 10)))
+        assert (found["strong_view"] == np.asarray(expected)).all()
+        seen.add(name)
+    assert seen == set(OPERATIONS)
+    blurred = CoSAViews(crop_size=70, blur=1.0)({"image": PHOTOGRAPH}, np.random.default_rng(0))
+    assert (blurred["image"] != views({"image": PHOTOGRAPH}, np.random.default_rng(0))["image"]).any()
+    with pytest.raises(InputError, match=r"transform\.blur is 2"):
+        CoSAViews(blur=2.0)
 
 
 def test_toco_cuts_its_window_from_the_whole_scaled_image() -> None:

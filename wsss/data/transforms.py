@@ -106,6 +106,22 @@ def mirror_box(box: np.ndarray, width: int) -> np.ndarray:
     return np.array([box[0], box[1], width - box[3], width - box[2]])
 
 
+def draw_window(
+    image: np.ndarray, scale: tuple[float, float], size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square window of a scaled photograph that may be mirrored, black where it does not reach, and the box of it."""
+    ratio, mirrored = rng.uniform(*scale), rng.random() < 0.5
+    height, width = scaled_size(image, ratio)
+    rows, columns, box = place_window(height, width, size, rng)
+    if mirrored:
+        columns = slice(width - columns.stop, width - columns.start)
+    if ratio > 1:
+        part = pixels.enlarge_part(image, (height, width), rows, columns)
+    else:
+        part = scale_image(image, ratio)[rows, columns]
+    return pad(mirror(part) if mirrored else part, box, size, BLACK), box
+
+
 def _check(crop_size: int, scale: Sequence[float]) -> tuple[int, tuple[float, float]]:
     if crop_size < 1:
         raise InputError(f"transform.crop_size is {crop_size}: expected at least 1")
@@ -254,16 +270,7 @@ class ToCoViews:
     def __call__(self, views: Views, rng: np.random.Generator) -> Views:
         _refuse_pixels(views, type(self).__name__)
         image = views["image"]
-        ratio, mirrored = rng.uniform(*self.scale), rng.random() < 0.5
-        height, width = scaled_size(image, ratio)
-        rows, columns, box = place_window(height, width, self.crop_size, rng)
-        if mirrored:
-            columns = slice(width - columns.stop, width - columns.start)
-        if ratio > 1:
-            part = pixels.enlarge_part(image, (height, width), rows, columns)
-        else:
-            part = scale_image(image, ratio)[rows, columns]
-        window = pad(mirror(part) if mirrored else part, box, self.crop_size, BLACK)
+        window, box = draw_window(image, self.scale, self.crop_size, rng)
         flips = rng.random(3) < 0.5
         if not self.released_behaviour:
             flips[1] = flips[0]
@@ -279,6 +286,48 @@ class ToCoViews:
             compose.set_random_seed(int(rng.integers(2**31)))  # albumentations ignores every other seed
             result[name] = compose(image=mirror(source) if flip else source)["image"]
         return result
+
+
+OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "identity": lambda picture, magnitude: picture,
+    "autocontrast": lambda picture, magnitude: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, magnitude: ImageOps.equalize(picture),
+    "solarize": lambda picture, magnitude: ImageOps.solarize(picture, min(255, int(256 * magnitude / 10))),
+    "color": lambda picture, magnitude: ImageEnhance.Color(picture).enhance(1.8 * magnitude / 10 + 0.1),
+    "contrast": lambda picture, magnitude: ImageEnhance.Contrast(picture).enhance(1.8 * magnitude / 10 + 0.1),
+    "brightness": lambda picture, magnitude: ImageEnhance.Brightness(picture).enhance(1.8 * magnitude / 10 + 0.1),
+    "sharpness": lambda picture, magnitude: ImageEnhance.Sharpness(picture).enhance(1.8 * magnitude / 10 + 0.1),
+    "posterize": lambda picture, magnitude: ImageOps.posterize(picture, 4 - int(4 * magnitude / 10)),
+}
+"""What the strong view of CoSA may have gone through, by magnitudes 1 to 9."""
+
+
+class CoSAViews:
+    """CoSA's two views: `image`, the weak one, and `strong_view`, the same pixels after one change of their colours.
+
+    A window of the scaled photograph, mirrored in half of the cases and blurred (radius 0.1 to 2), is the weak view;
+    one of nine `OPERATIONS` with a magnitude of 1 to 9 makes the strong one of it.
+
+    Args:
+        crop_size: side of both views.
+        scale: smallest and largest factor of the image size before the window is cut.
+        blur: probability of the blur.
+    """
+
+    def __init__(self, crop_size: int = 448, scale: Sequence[float] = (0.5, 2.0), blur: float = 0.5) -> None:
+        if not 0 <= blur <= 1:
+            raise InputError(f"transform.blur is {blur}: expected a probability from 0 to 1")
+        self.crop_size, self.scale = _check(crop_size, scale)
+        self.blur = blur
+
+    def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        _refuse_pixels(views, type(self).__name__)
+        weak, box = draw_window(views["image"], self.scale, self.crop_size, rng)
+        if rng.random() < self.blur:
+            weak = pixels.blur(weak, rng.uniform(0.1, 2.0))
+        operation = list(OPERATIONS.values())[rng.integers(len(OPERATIONS))]
+        strong = np.asarray(operation(Image.fromarray(weak), int(rng.integers(1, 10))))
+        return {"image": weak, "strong_view": strong, "image_box": box}
 
 
 class LongSideCrop:

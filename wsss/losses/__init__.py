@@ -4,6 +4,7 @@
 """
 
 from wsss.losses.affinity import AffinityLoss
+from wsss.losses.cosa import SwapCAMLoss
 from wsss.losses.cross_entropy import (
     BalancedCrossEntropyLoss,
     ClassificationLoss,
@@ -39,6 +40,7 @@ __all__ = [
     "PixelPrototypeContrastLoss",
     "PrototypeMemory",
     "RegionalContrastLoss",
+    "SwapCAMLoss",
     "affinity_labels",
     "build",
     "register",

@@ -90,7 +90,7 @@ class PAR(nn.Module):
 
 @torch.no_grad()
 def refine_cam(
-    par: PAR,
+    par: PAR | None,
     image: Tensor,
     cam: Tensor,
     label: Tensor,
@@ -106,6 +106,7 @@ def refine_cam(
     ignored. An image without labels is background everywhere.
 
     Args:
+        par: None leaves the scores as they are, so that the image tells no more than its size (CoSA).
         image: (B, 3, H, W) in [0, 1].
         cam: (B, C, H, W) in [0, 1].
         label: (B, C) 0 or 1.
@@ -120,7 +121,6 @@ def refine_cam(
     """
     size = image.shape[-2:]
     small = [max(1, int(side * scale)) for side in size]
-    image = resize(image, small)
     # the present classes of each image in order, padded to max_labels
     present, index = label.sort(dim=1, descending=True, stable=True)
     present, index = present[:, :max_labels] > 0, index[:, :max_labels]
@@ -132,7 +132,8 @@ def refine_cam(
     ]
     scores = torch.cat([torch.cat([background, cam], dim=1).softmax(dim=1) for background in backgrounds], dim=1)
     ids = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)  # (B, 1 + K) class id of each channel
-    parts = resize(par(image, scores), size).chunk(len(backgrounds), dim=1)
+    scores = par(resize(image, small), scores) if par is not None else scores
+    parts = resize(scores, size).chunk(len(backgrounds), dim=1)
     labels = [ids[rows[:, :, None], part.max(dim=1).indices] for part in parts]
     low, high = labels[0], labels[-1]
     result = torch.where(high != 0, high, torch.where(low == 0, 0, ignore_index))

@@ -3,6 +3,8 @@
 Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,38 @@ def agreement(low: Tensor, high: Tensor, ignore_index: int = 255) -> Tensor:
         high: ids of this shape, labelled with the high alpha.
     """
     return torch.where(high == 0, 0, torch.where(low == 0, ignore_index, low))
+
+
+def mixture_thresholds(values: Tensor, components: int = 3, tolerance: float = 1e-3) -> tuple[float, float]:
+    """Where the values of CAMs part into background, undecided and foreground, by a Gaussian mixture of them (CoSA).
+
+    Expectation maximisation from equal weights, means at minimum, median and maximum, and variances of 1, until the
+    mean log-likelihood changes by less than `tolerance`, or 100 times; as in the released code of CoSA (arXiv
+    2402.17891), where it is switched off.
+
+    Args:
+        values: of any shape, above what is certainly background.
+
+    Returns:
+        The largest value of the lowest component, and the smallest of the highest one; 0 and 1 where those have none.
+    """
+    x = values.flatten().double()
+    if len(x) == 0:
+        return 0.0, 1.0
+    middle = x.quantile(torch.linspace(0, 1, components, dtype=x.dtype, device=x.device))
+    mean, variance, weight = middle, torch.ones_like(middle), torch.full_like(middle, 1 / components)
+    likelihood = -math.inf
+    for _ in range(100):
+        log = (weight.log() - (variance * math.tau).log() / 2) - (x[:, None] - mean).square() / (2 * variance)
+        total = log.logsumexp(dim=1)
+        share = (log - total[:, None]).exp()
+        count = share.sum(0) + torch.finfo(x.dtype).eps
+        weight, mean = count / len(x), (share * x[:, None]).sum(0) / count
+        variance = (share * (x[:, None] - mean).square()).sum(0) / count + 1e-6
+        before, likelihood = likelihood, total.mean().item()
+        if abs(likelihood - before) < tolerance:
+            break
+    log = (weight.log() - variance.log() / 2) - (x[:, None] - mean).square() / (2 * variance)
+    which = log.argmax(dim=1)
+    lowest, highest = x[which == 0], x[which == components - 1]
+    return (lowest.max().item() if len(lowest) else 0.0, highest.min().item() if len(highest) else 1.0)
