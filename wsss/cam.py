@@ -56,14 +56,20 @@ def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def rescale_photograph(image: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter, sides rounded.
+    """`resize_photograph` by a factor, sides rounded as Python does, 281.25 to 281 and 262.5 to 262."""
+    height, width = (round(scale * side) for side in image.shape[-2:])
+    return resize_photograph(image, (height, width), mean, std)
+
+
+def resize_photograph(image: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter.
 
     On the host, because torch's antialiased resize of bytes differs from PIL's by a level in 0.1 to 0.7 % of the
-    values. Sides are rounded as Python does, 281.25 to 281 and 262.5 to 262.
+    values.
     """
     from PIL import Image  # here, because the losses import this file and need torch alone
 
-    height, width = (round(scale * side) for side in image.shape[-2:])
+    height, width = size
     colours = denormalise(image, mean, std).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colours]
     channels = torch.from_numpy(np.stack(resized)).to(image.device).float().div(255).unbind(-1)
