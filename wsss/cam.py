@@ -164,6 +164,7 @@ def multiscale_seg(
     fusion: str = "max",
     softmax: bool = False,
     align_corners: bool = False,
+    rescale: Callable[[Tensor, float, bool], Tensor] = rescale,
 ) -> Tensor:
     """Class scores (B, K, *size) of several scales and mirror images.
 
@@ -172,12 +173,14 @@ def multiscale_seg(
         image: (B, 3, H, W).
         size: height and width of the result; scores are resized to it before they are fused.
         scales: factors of the image size.
-        flip: how plain and mirrored scores become one, `sum`, `max`, or `none` for the plain ones alone.
-        fusion: how scales become one, `max` or `sum`.
+        flip: how plain and mirrored scores become one, `sum`, `mean`, `max`, or `none` for the plain ones alone.
+        fusion: how scales become one, `max`, `sum` or `mean`.
         softmax: fuse probabilities instead of scores.
         align_corners: how images are resized to a scale.
+        rescale: does it, from images, scale and `align_corners`.
     """
-    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
+    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "mean": torch.add, "max": torch.maximum}
+    shares = (2 if flip == "mean" else 1) * (len(scales) if fusion == "mean" else 1)
     total: Tensor | None = None
     for scale in scales:
         scaled = image if scale == 1.0 else rescale(image, scale, align_corners)
@@ -188,7 +191,7 @@ def multiscale_seg(
             scores = fuse[flip](plain, mirrored.flip(-1))
         total = scores if total is None else fuse[fusion](total, scores)
     assert total is not None  # a protocol has at least one scale
-    return total
+    return total / shares if shares > 1 else total
 
 
 def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:

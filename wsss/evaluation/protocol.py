@@ -24,8 +24,9 @@ class Protocol:
         size: the image is resized to a square of this side (its aspect is lost); None leaves it as it is.
             Predictions are always resized to the mask.
         scales: factors of that size at which the segmentation is computed.
-        flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum` or `max`.
-        fusion: how its scales are fused: `max` or `sum`.
+        flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum`, `mean`
+            or `max`.
+        fusion: how its scales are fused: `max`, `sum` or `mean`.
         softmax: scores are fused as they are and softmax makes probabilities of them `after`, or they are brought to
             probabilities `before`; those of several scales then do not sum to 1.
         align_corners: how the image is resized to a scale.
@@ -59,8 +60,8 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, known in (
             ("image_labels", ("true", "predicted")),
-            ("flip", ("none", "sum", "max")),
-            ("fusion", ("max", "sum")),
+            ("flip", ("none", "sum", "mean", "max")),
+            ("fusion", ("max", "sum", "mean")),
             ("softmax", ("after", "before")),
             ("threshold", ("fixed", "otsu", "area_prior", "best")),
         ):

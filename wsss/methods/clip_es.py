@@ -62,65 +62,10 @@ def gradient_maps(
     return GradientMaps(logits.detach(), activation, gradient, torch.einsum("pnd,pd->pn", activation, gradient.mean(1)))
 
 
-class CLIPES(WSSSModule):
-    """Gradient maps of CLIP's scores of the classes of an image, spread by the attention of its transformer.
-
-    The score of a class is its probability among the classes that the image shows and words for what is behind them,
-    so that maps depend on which classes are known to be there: in an evaluation with true image labels, in wsss-label
-    and in pictures the true ones, else those that CLIP finds. It calls a class present that alone beats all words of
-    the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
-
-    The maps are those of the released code on a CPU. Not reproduced are its half precision on a GPU, the files of half
-    precision it keeps between its steps, and the wrapped colours that it gives to its CRF.
-
-    Nothing is learnt: `wsss-train` writes a checkpoint with the embeddings of the classes and the sha256 of the tower,
-    which every other command takes, and evaluates it. The tower itself is not in it: where `weights` is a file, it has
-    to be given again.
-
-    Args:
-        num_classes: C, foreground classes only.
-        classes: their names, which the text tower reads.
-        backbone: timm name of CLIP's image tower.
-        weights: see `CLIPTower`.
-        backbone_args: arguments of timm's constructor.
-        text: see `embed_text`; None takes random embeddings of a fixed seed, or those of a checkpoint.
-        background: words for what is behind the classes; None takes all of the file of `text`, or those of VOC that no
-            class is called after.
-        logit_scale: of the cosine of image and text, 100 in OpenAI's weights.
-        affinity_layers: so many last layers give the attention that spreads maps.
-        box_threshold: share of a map's maximum round which boxes are drawn, that it spreads from; None spreads from
-            everywhere.
-        background_threshold: up to this value a CAM means background in the evaluation.
-        half_positions: round the resized position table to half precision, as the released code does.
-        cache_features: GB of memory for what the tower sees in images, which are looked at one by one then; null or 0
-            keeps nothing. It saves time where an image comes again as it was.
-    """
+class CLIPMaps(WSSSModule):
+    """What the methods on a frozen CLIP share: tower, embeddings of names, maps of classes. No training logic."""
 
     start_arguments = ("text",)
-    photographic = True
-    """Whether images are brought to whole patches, as 8-bit photographs, bicubic."""
-
-    def __init__(
-        self,
-        num_classes: int,
-        classes: Sequence[str] | None = None,
-        backbone: str = "vit_base_patch16_clip_quickgelu_224",
-        weights: str | None = "openai",
-        backbone_args: Mapping[str, Any] | None = None,
-        text: str | None = "ViT-B-16-quickgelu/openai",
-        background: Sequence[str] | None = None,
-        logit_scale: float = 100.0,
-        affinity_layers: int = 8,
-        box_threshold: float | None = 0.4,
-        background_threshold: float = 0.5,
-        half_positions: bool = False,
-        cache_features: float | None = None,
-    ) -> None:
-        super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
-        self.save_hyperparameters(ignore="weights")  # which no checkpoint may name
-        self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
-        self.build_text(text, background)
-        self.mean, self.std = self.tower.mean, self.tower.std
 
     def build_tower(
         self,
@@ -168,53 +113,40 @@ class CLIPES(WSSSModule):
     def transformer(self) -> None:
         """Nothing in here learns to smooth its tokens."""
 
-    def sized(self, image: Tensor) -> Tensor:
-        """Images at the protocol's size, enlarged to whole patches: bicubic, of the 8-bit photograph."""
-        image, patch = super().sized(image), self.tower.patch
-        size = [-(-side // patch) * patch for side in image.shape[-2:]]
-        return resize_photograph(image, size, self.mean, self.std)
-
     def see(self, image: Tensor) -> Seen:
         """What the tower sees, from the cache where it is there."""
         return self.cache(image, self.tower) if self.cache.limit else self.tower(image)
 
-    def forward(self, image: Tensor) -> dict[str, Any]:
-        """(B, 3, H, W) -> logits (B, C), the log odds of each class against the background; seg None."""
-        return {"logits": self.classify(self.see(image)), "seg": None}
-
-    @torch.no_grad()
-    def classify(self, seen: Seen) -> Tensor:
-        """`logits` of `forward`."""
-        tokens = seen.blocks[-1]
-        embedding = self.tower.embed(self.tower.last_block(tokens, self.tower.first_norm(tokens)))
-        classes, behind = (self.hparams.logit_scale * embedding @ t.mT for t in (self.text, self.background_text))
-        return classes - behind.logsumexp(1, keepdim=True)
-
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
         return self.infer_batch({"image": image}, cams)
 
-    @torch.no_grad()
-    def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
-        """`forward`, and cam (B, C, h, w) in [0, 1] of the true labels, if the protocol knows them, or those found."""
-        seen = self.see(self.sized(batch["image"]))
-        logits = self.classify(seen)
+    def sought(self, batch: Mapping[str, Any], logits: Tensor) -> Tensor:
+        """(B, C) of which classes maps are made: the true labels, if the protocol knows them, else those found."""
         known = self.protocol.image_labels == "true" and "label" in batch
-        label = batch["label"] if known else (logits > 0).to(logits)
-        return {"logits": logits, "cam": self.cam(seen, label), "seg": None}  # type: ignore[dict-item]
+        return batch["label"] if known else (logits > 0).to(logits)
 
     @torch.no_grad()
-    def cam(self, seen: Seen, label: Tensor) -> Tensor:
-        """(B, C, h, w) in [0, 1]: the maps of the classes of each image after they were spread, 0 of all others."""
+    def cam(self, seen: Seen, label: Tensor, attention: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) in [0, 1]: the maps of the classes of each image after they were spread, 0 of all others.
+
+        Args:
+            seen: of the images.
+            label: (B, C) of the classes that are sought.
+            attention: (B, N, N) by which they are spread.
+            weights: (B, C, h, w) that they are multiplied by before.
+        """
         image, classes = label.nonzero(as_tuple=True)
         result = label.new_zeros(*label.shape, *seen.size)
         if len(image):
-            matrix = transition(self.attention(seen))
-            maps = spread(self.seeds(seen.blocks[-1], label, seen.size), matrix[image], self.hparams.box_threshold)
+            matrix = transition(attention)
+            seeds = self.seeds(seen.blocks[-1], label, seen.size)
+            seeds = seeds if weights is None else seeds * weights[image, classes]
+            maps = spread(seeds, matrix[image], self.hparams.box_threshold)
             result[image, classes] = min_max(maps, 1e-7).to(result)
         return result
 
     def attention(self, seen: Seen) -> Tensor:
-        """(B, N, N), by which maps are spread."""
+        """(B, N, N), the mean of the last layers."""
         return seen.attention[-self.hparams.affinity_layers :, :, 1:, 1:].mean(0)
 
     def seeds(self, tokens: Tensor, label: Tensor, size: Sequence[int]) -> Tensor:
@@ -235,6 +167,89 @@ class CLIPES(WSSSModule):
     def describe(self, split: str) -> dict[str, str]:
         said = super().describe(split)
         return {key: note.replace("scales 1 with flip", "single scale") for key, note in said.items()}
+
+
+class CLIPES(CLIPMaps):
+    """Gradient maps of CLIP's scores of the classes of an image, spread by the attention of its transformer.
+
+    The score of a class is its probability among the classes that the image shows and words for what is behind them,
+    so that maps depend on which classes are known to be there: in an evaluation with true image labels, in wsss-label
+    and in pictures the true ones, else those that CLIP finds. It calls a class present that alone beats all words of
+    the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
+
+    The maps are those of the released code on a CPU. Not reproduced are its half precision on a GPU, the files of half
+    precision it keeps between its steps, and the wrapped colours that it gives to its CRF.
+
+    Nothing is learnt: `wsss-train` writes a checkpoint with the embeddings of the classes and the sha256 of the tower,
+    which every other command takes, and evaluates it. The tower itself is not in it: where `weights` is a file, it has
+    to be given again.
+
+    Args:
+        num_classes: C, foreground classes only.
+        classes: their names, which the text tower reads.
+        backbone: timm name of CLIP's image tower.
+        weights: see `CLIPTower`.
+        backbone_args: arguments of timm's constructor.
+        text: see `embed_text`; None takes random embeddings of a fixed seed, or those of a checkpoint.
+        background: words for what is behind the classes; None takes all of the file of `text`, or those of VOC that no
+            class is called after.
+        logit_scale: of the cosine of image and text, 100 in OpenAI's weights.
+        affinity_layers: so many last layers give the attention that spreads maps.
+        box_threshold: share of a map's maximum round which boxes are drawn, that it spreads from; None spreads from
+            everywhere.
+        background_threshold: up to this value a CAM means background in the evaluation.
+        half_positions: round the resized position table to half precision, as the released code does.
+        cache_features: GB of memory for what the tower sees in images, which are looked at one by one then; null or 0
+            keeps nothing. It saves time where an image comes again as it was.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        classes: Sequence[str] | None = None,
+        backbone: str = "vit_base_patch16_clip_quickgelu_224",
+        weights: str | None = "openai",
+        backbone_args: Mapping[str, Any] | None = None,
+        text: str | None = "ViT-B-16-quickgelu/openai",
+        background: Sequence[str] | None = None,
+        logit_scale: float = 100.0,
+        affinity_layers: int = 8,
+        box_threshold: float | None = 0.4,
+        background_threshold: float = 0.5,
+        half_positions: bool = False,
+        cache_features: float | None = None,
+    ) -> None:
+        super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
+        self.save_hyperparameters(ignore="weights")  # which no checkpoint may name
+        self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
+        self.build_text(text, background)
+        self.mean, self.std = self.tower.mean, self.tower.std
+
+    def sized(self, image: Tensor) -> Tensor:
+        """Images at the protocol's size, enlarged to whole patches: bicubic, of the 8-bit photograph."""
+        image, patch = super().sized(image), self.tower.patch
+        size = [-(-side // patch) * patch for side in image.shape[-2:]]
+        return resize_photograph(image, size, self.mean, self.std)
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        """(B, 3, H, W) -> logits (B, C), the log odds of each class against the background; seg None."""
+        return {"logits": self.classify(self.see(image)), "seg": None}
+
+    @torch.no_grad()
+    def classify(self, seen: Seen) -> Tensor:
+        """`logits` of `forward`."""
+        tokens = seen.blocks[-1]
+        embedding = self.tower.embed(self.tower.last_block(tokens, self.tower.first_norm(tokens)))
+        classes, behind = (self.hparams.logit_scale * embedding @ t.mT for t in (self.text, self.background_text))
+        return classes - behind.logsumexp(1, keepdim=True)
+
+    @torch.no_grad()
+    def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
+        """`forward`, and cam (B, C, h, w) in [0, 1] of the true labels, if the protocol knows them, or those found."""
+        seen = self.see(self.sized(batch["image"]))
+        logits = self.classify(seen)
+        label = self.sought(batch, logits)
+        return {"logits": logits, "cam": self.cam(seen, label, self.attention(seen)), "seg": None}  # type: ignore[dict-item]
 
     def configure_optimizers(self) -> None:
         """Nothing is learnt."""
