@@ -22,7 +22,16 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import FROZEN_OVERRIDES, IRN_OVERRIDES, MCTFORMER_OVERRIDES, OVERRIDES, RESNET38_OVERRIDES, call
+from tiny import (
+    FROZEN_OVERRIDES,
+    IRN_OVERRIDES,
+    MCTFORMER_OVERRIDES,
+    OVERRIDES,
+    RESNET38_OVERRIDES,
+    WECLIP_OVERRIDES,
+    WECLIP_PLUS_OVERRIDES,
+    call,
+)
 
 SETTINGS = {
     "toco": [*OVERRIDES, "method.phases=[{until: 20, weights: {seg: null, dense_energy: null}}]"],
@@ -32,12 +41,17 @@ SETTINGS = {
     "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
     "irn": IRN_OVERRIDES,
     "frozen_cam": FROZEN_OVERRIDES,
+    "weclip": WECLIP_OVERRIDES,
+    "weclip with dino": WECLIP_PLUS_OVERRIDES,
 }
 
 
 def settings(method: str, steps: int, workers: int = 2) -> list[str]:
     """The command of a run; a third of its steps between checkpoints."""
-    mine = [f"method={method}", *(o for o in SETTINGS[method] if not o.startswith(("data.num_workers", "trainer.max")))]
+    mine = [
+        f"method={method.split()[0]}",
+        *(o for o in SETTINGS[method] if not o.startswith(("data.num_workers", "trainer.max"))),
+    ]
     mine = [o for o in mine if not o.startswith("trainer.val_check_interval")]
     return [
         *mine,

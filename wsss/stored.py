@@ -168,7 +168,7 @@ def check_values(group: str, values: Mapping[str, Any], own: Mapping[str, Any], 
 
 
 def _may_be_set(parts: list[str]) -> bool:
-    if parts[0] == "backbone_args" and len(parts) > 1:
+    if parts[0] in ("backbone_args", "dino_args") and len(parts) > 1:
         return parts[1] in BACKBONE_ARGS.split() and len(parts) == 2
     return not any(FORBIDDEN & {*part.lower().split("_"), part} for part in parts)
 

@@ -62,6 +62,11 @@ def gradient_maps(
     return GradientMaps(logits.detach(), activation, gradient, torch.einsum("pnd,pd->pn", activation, gradient.mean(1)))
 
 
+def named(**weights: str | None) -> list[str]:
+    """Arguments that name weights, which no checkpoint may do: a command has to give those that differ from conf/."""
+    return [name for name, value in weights.items() if value is not None]
+
+
 class CLIPMaps(WSSSModule):
     """What the methods on a frozen CLIP share: tower, embeddings of names, maps of classes. No training logic."""
 
@@ -220,7 +225,7 @@ class CLIPES(CLIPMaps):
         cache_features: float | None = None,
     ) -> None:
         super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
-        self.save_hyperparameters(ignore="weights")  # which no checkpoint may name
+        self.save_hyperparameters(ignore=named(weights=weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         self.mean, self.std = self.tower.mean, self.tower.std

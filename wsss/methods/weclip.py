@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_seg, resize
 from wsss.evaluation.protocol import Protocol
-from wsss.methods.clip_es import CLIPMaps
+from wsss.methods.clip_es import CLIPMaps, named
 from wsss.networks.clip import FeatureCache, Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
 from wsss.optim import stepwise, warmup_poly
@@ -114,7 +114,7 @@ class WeCLIP(CLIPMaps):
         losses = {"seg": {"weight": 1.0}, "aff": {"weight": 0.1}} if losses is None else losses
         computed = ("seg", "aff", "dice") if dino is None else ("seg", "aff", "dice", "cross")
         super().__init__(num_classes, classes, background_threshold, (1.0,), losses, computed)
-        self.save_hyperparameters(ignore=["weights", "dino_weights"])
+        self.save_hyperparameters(ignore=named(weights=weights, dino_weights=dino_weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         if normalisation not in ("imagenet", "clip"):

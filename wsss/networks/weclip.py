@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -80,11 +81,12 @@ class DINOTower(Frozen):
 
     def __init__(self, name: str, weights: str | None, arguments: Mapping[str, Any] | None) -> None:
         given = {key: value for key, value in (arguments or {}).items() if value is not None}
+        if not timm.is_model(name) or not timm.model_entrypoint(name).__module__.endswith("vision_transformer"):
+            raise InputError(f"dino {name!r} is no vision transformer of timm: give vit_small_patch14_dinov2, say")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network, loaded = create_timm(name, weights, {**given, "dynamic_img_size": True})
-        if not isinstance(network, VisionTransformer):
-            raise InputError(f"dino {name!r} is no vision transformer: give vit_small_patch14_dinov2, say")
+        assert isinstance(network, VisionTransformer)
         super().__init__(network, "method.dino_weights")
         self.loaded = loaded
         self.patch: int = network.patch_embed.patch_size[0]
