@@ -198,7 +198,7 @@ def test_log_odds() -> None:
         ({"cache_features": -1.0}, "cache_features is -1.0"),
         ({"backbone": "resnet18"}, "no image tower of CLIP"),
         ({"dino": "resnet18", "dino_weights": None}, "no vision transformer"),
-        ({"losses": {"cross": {"weight": 1.0}}}, "does not compute it"),
+        ({"losses": {"cross": {"weight": 1.0}}}, "set method.dino"),
         ({"text": "nothing"}, "NAME/WEIGHTS"),
         ({"weights": "huge"}, "neither a .pth"),
     ],

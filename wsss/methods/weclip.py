@@ -112,8 +112,11 @@ class WeCLIP(CLIPMaps):
         power: float = 1.0,
     ) -> None:
         losses = {"seg": {"weight": 1.0}, "aff": {"weight": 0.1}} if losses is None else losses
-        computed = ("seg", "aff", "dice") if dino is None else ("seg", "aff", "dice", "cross")
-        super().__init__(num_classes, classes, background_threshold, (1.0,), losses, computed)
+        super().__init__(num_classes, classes, background_threshold, (1.0,), losses, ("seg", "aff", "dice", "cross"))
+        if dino is None and "cross" in self.losses:
+            raise InputError(
+                "losses.cross lets two branches learn from each other: set method.dino, or losses.cross=null"
+            )
         self.save_hyperparameters(ignore=named(weights=weights, dino_weights=dino_weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
