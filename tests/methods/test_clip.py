@@ -170,6 +170,19 @@ def test_padding_may_be_left_out(batch: dict[str, Any], monkeypatch: pytest.Monk
     assert torch.equal(seen[1][0], seen[0][0])
 
 
+def test_lower_precision(batch: dict[str, Any]) -> None:
+    """The towers may see in bfloat16; maps and affinities are computed in float32."""
+    method = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, dino = method.look(batch["image"])
+        decoded = method.decode(seen, dino)
+        cam = method.refined_cam(seen, batch["label"], decoded, refine=True)
+        loss = method.training_step(batch, 0)["loss"]
+    assert cam.dtype == decoded.affinity.dtype == torch.float32
+    loss.backward()
+    assert loss.isfinite()
+
+
 def test_no_background(batch: dict[str, Any]) -> None:
     method = build()
     method.without_background()

@@ -23,8 +23,8 @@ class GradientMaps(NamedTuple):
     raw: Tensor  # (P, N), activation times mean gradient
 
 
-PAIRS = 16
-"""Pairs of an image and a class whose gradients are computed at a time, which bounds the memory."""
+MAX_ENTRIES = 2**23
+"""Entries of an attention, of all pairs of an image and a class whose gradients are computed at a time."""
 
 
 def gradient_maps(
@@ -141,13 +141,14 @@ class CLIPMaps(WSSSModule):
             weights: (B, C, h, w) that they are multiplied by before.
         """
         image, classes = label.nonzero(as_tuple=True)
-        result = label.new_zeros(*label.shape, *seen.size)
+        result = torch.zeros(*label.shape, *seen.size, device=label.device)
         if len(image):
-            matrix = transition(attention)
-            seeds = self.seeds(seen.blocks[-1], label, seen.size)
-            seeds = seeds if weights is None else seeds * weights[image, classes]
-            maps = spread(seeds, matrix[image], self.hparams.box_threshold)
-            result[image, classes] = min_max(maps, 1e-7).to(result)
+            with torch.autocast(label.device.type, enabled=False):  # gradients of 1e-5 do not bear half precision
+                matrix = transition(attention.float())
+                seeds = self.seeds(seen.blocks[-1].float(), label, seen.size)
+                seeds = seeds if weights is None else seeds * weights[image, classes]
+                maps = spread(seeds, matrix[image], self.hparams.box_threshold)
+            result[image, classes] = min_max(maps, 1e-7)
         return result
 
     def attention(self, seen: Seen) -> Tensor:
@@ -164,7 +165,8 @@ class CLIPMaps(WSSSModule):
         """
         image, classes = label.nonzero(as_tuple=True)
         text = (self.text, self.background_text, self.hparams.logit_scale)
-        parts = zip(image.split(PAIRS), classes.split(PAIRS), strict=True)
+        pairs = max(1, MAX_ENTRIES // tokens.shape[1] ** 2)
+        parts = zip(image.split(pairs), classes.split(pairs), strict=True)
         raw = torch.cat([gradient_maps(self.tower, *text, tokens[i], label[i], c).raw for i, c in parts])
         maps = raw.unflatten(1, tuple(size)).relu()
         return min_max(min_max(maps, 1e-7), 1e-7)  # twice, as released: a map far below 1e-7 gets nearer to 1

@@ -170,7 +170,8 @@ class WeCLIP(CLIPMaps):
             fused.append(resize(self.dino_fusion(dino.blocks, dino.size), seen.size))
         branches = tuple(map(self.decoder, fused))
         features = torch.cat(fused, dim=1).flatten(2)  # (B, D, N)
-        return Decoded(torch.stack(branches).mean(0), branches, (features.mT @ features).sigmoid())
+        affinity = (features.mT @ features).sigmoid()
+        return Decoded(torch.stack(branches).mean(0), branches, affinity.float())
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C), seg (B, 1 + C, h, w)."""

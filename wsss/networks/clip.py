@@ -105,10 +105,10 @@ class CLIPTower(Frozen):
         half_positions: bool = False,
     ) -> None:
         given = {name: value for name, value in (arguments or {}).items() if value is not None}
-        network, self.loaded = _create_tower(backbone, weights, given)
-        loaded = self.loaded
+        network, loaded = _create_tower(backbone, weights, given)
         super().__init__(network, "method.weights")
-        self.loaded, self.half_positions = loaded, half_positions
+        self.loaded = f"{loaded}, CLIP" if loaded else None  # which is more than image labels
+        self.half_positions = half_positions
         self.patch: int = network.patch_embed.patch_size[0]
         self.width: int = network.embed_dim
         self.embedding: int = network.num_classes
@@ -130,7 +130,7 @@ class CLIPTower(Frozen):
             raise InputError(f"an image of {width}x{height} pixels is smaller than one patch of {self.patch}")
         patches = self.network.patch_embed.proj(image)
         h, w = patches.shape[-2:]
-        first = self.network.cls_token.expand(len(image), -1, -1)
+        first = self.network.cls_token.expand(image.shape[0], -1, -1)
         tokens = torch.cat([first, patches.flatten(2).mT], dim=1) + self.positions((h, w))
         tokens = self.network.norm_pre(tokens)
         outputs, maps = [], []
@@ -221,8 +221,8 @@ def _create_tower(backbone: str, weights: str | None, given: dict[str, Any]) -> 
         known = ", ".join(timm.list_models("vit_*_clip_quickgelu_*")[:4])
         raise InputError(f"backbone {backbone!r} is no image tower of CLIP in timm: give one of {known}, ...")
     tag = weights if weights is not None and not is_file(weights) else None
-    width = timm.get_pretrained_cfg(f"{backbone}.{tag}" if tag else backbone, allow_unregistered=True)
-    classes = getattr(width, "num_classes", 512)
+    settings = timm.get_pretrained_cfg(f"{backbone}.{tag}" if tag else backbone, allow_unregistered=True)
+    classes = getattr(settings, "num_classes", 512)  # of the embedding; an unknown tag is refused below
     if weights is not None and tag is None:
         if Path(weights).is_file() and _is_archive(weights):
             raise InputError(

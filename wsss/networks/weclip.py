@@ -98,4 +98,4 @@ class DINOTower(Frozen):
         h, w = (max(1, side // self.patch) for side in image.shape[-2:])
         tokens = self.network.forward_features(resize(image, (h * self.patch, w * self.patch)))
         patches = tokens[:, self.network.num_prefix_tokens :]
-        return Seen(patches[None], patches.new_zeros(1, len(image), 0, 0), (h, w))
+        return Seen(patches[None], patches.new_zeros(1, image.shape[0], 0, 0), (h, w))
