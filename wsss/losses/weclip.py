@@ -18,7 +18,8 @@ def near_pairs(height: int, width: int, radius: int, device: torch.device | None
 
 def pair_relations(label: Tensor, radius: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
     """Pairs of one label and pairs of two, each bool (B, N, N), of cells (B, h, w) that lie near to each other."""
-    near = near_pairs(*label.shape[-2:], radius, label.device)
+    height, width = label.shape[-2:]
+    near = near_pairs(height, width, radius, label.device)
     flat = label.flatten(1)
     known = flat != ignore_index
     counted = near & known[:, :, None] & known[:, None, :]

@@ -1,7 +1,6 @@
 """What WeCLIP learns on frozen towers: heads that fuse their tokens, a decoder; DINO's tower."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import timm
@@ -55,8 +54,8 @@ class Decoder(nn.Module):
         super().__init__()
         if channels % heads:
             raise InputError(f"channels is {channels}: expected a multiple of decoder_heads={heads}")
-        norm = partial(nn.LayerNorm, eps=1e-5)
-        blocks = (Block(channels, heads, qkv_bias=True, act_layer=QuickGELU, norm_layer=norm) for _ in range(depth))
+        kinds: Any = {"act_layer": QuickGELU, "norm_layer": nn.LayerNorm}
+        blocks = (Block(channels, heads, qkv_bias=True, **kinds) for _ in range(depth))
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Conv2d(channels, outputs, 1)
 
