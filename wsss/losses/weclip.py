@@ -72,7 +72,8 @@ class DiceLoss(nn.Module):
     with sums over the batch and all pixels that are not ignored. A class that the batch does not show counts with 0.
 
     Examples:
-        >>> build("dice")(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 0]]]))
+        >>> label = torch.tensor([[[0, 0]]])  # of two classes one
+        >>> build("dice")(torch.zeros(1, 2, 1, 2), label)
         tensor(0.6667)
     """
 
@@ -101,7 +102,8 @@ class BranchAgreementLoss(nn.Module):
     The sum of both `BalancedCrossEntropyLoss`; the classes are hard, and no gradient passes them.
 
     Examples:
-        >>> build("cross")(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1), (1, 1))  # background alone
+        >>> scores = torch.zeros(1, 2, 1, 1)  # the first of equal ones is most probable, background
+        >>> build("cross")(scores, scores, (1, 1))
         tensor(0.6931)
     """
 

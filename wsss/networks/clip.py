@@ -221,8 +221,8 @@ def _create_tower(backbone: str, weights: str | None, given: dict[str, Any]) -> 
         known = ", ".join(timm.list_models("vit_*_clip_quickgelu_*")[:4])
         raise InputError(f"backbone {backbone!r} is no image tower of CLIP in timm: give one of {known}, ...")
     tag = weights if weights is not None and not is_file(weights) else None
-    settings = timm.get_pretrained_cfg(f"{backbone}.{tag}" if tag else backbone, allow_unregistered=True)
-    classes = getattr(settings, "num_classes", 512)  # of the embedding; an unknown tag is refused below
+    published = f"{backbone}.{tag}" in timm.list_models(f"{backbone}.*", pretrained=True)  # else it is refused below
+    classes = timm.get_pretrained_cfg(f"{backbone}.{tag}" if published else backbone).num_classes  # of the embedding
     if weights is not None and tag is None:
         if Path(weights).is_file() and _is_archive(weights):
             raise InputError(
