@@ -1,6 +1,7 @@
 """CLIP-ES (Lin et al., CVPR 2023, arXiv 2212.09506): pseudo masks by CLIP alone, without any training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from wsss import InputError
 from wsss.cam import min_max, resize_photograph
+from wsss.evaluation.protocol import Measured
 from wsss.methods.base import WSSSModule
 from wsss.networks.clip import CLIPTower, FeatureCache, Seen, embed_text
 from wsss.refine.affinity import spread, transition
@@ -171,9 +173,10 @@ class CLIPMaps(WSSSModule):
         maps = raw.unflatten(1, tuple(size)).relu()
         return min_max(min_max(maps, 1e-7), 1e-7)  # twice, as released: a map far below 1e-7 gets nearer to 1
 
-    def describe(self, split: str) -> dict[str, str]:
-        said = super().describe(split)
-        return {key: note.replace("scales 1 with flip", "single scale") for key, note in said.items()}
+    def describe(self, split: str) -> dict[str, Measured]:
+        """No mirror image takes part in the maps."""
+        notes = super().describe(split)
+        return {key: replace(note, flip="none") if note.flip == "always" else note for key, note in notes.items()}
 
 
 class CLIPES(CLIPMaps):

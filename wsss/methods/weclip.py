@@ -1,7 +1,7 @@
 """WeCLIP (Zhang et al., CVPR 2024, arXiv 2406.11189), with DINO WeCLIP+ (TPAMI 2025): a decoder on frozen towers."""
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_seg, resize
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.protocol import Measured, Protocol
 from wsss.methods.clip_es import CLIPMaps, named
 from wsss.networks.clip import FeatureCache, Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
@@ -262,12 +262,11 @@ class WeCLIP(CLIPMaps):
             multiscale_seg(lambda x: self(x)["seg"], self.sized(image), seg.shape[-2:], *how, rescale_by_factor), size
         )
 
-    def describe(self, split: str) -> dict[str, str]:
+    def describe(self, split: str) -> dict[str, Measured]:
         notes, side = super().describe(split), self.hparams.long_side
         if side is None or self.protocol.size is not None:
             return notes
-        at = f"{side} pixels on the longer side"
-        return {key: re.sub(r"image size(, reduced to \d+)?", at, note) for key, note in notes.items()}
+        return {key: replace(note, size=f"{side} pixels on the longer side") for key, note in notes.items()}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
