@@ -165,8 +165,8 @@ class Measured:
         checkpoint_rule: which checkpoint of its training this is: `last`; `best by` a figure of image labels; `best by
             masks`, with the figure in brackets; `not known`.
         scales: of the image.
-        flip: whether mirror images take part: `none`; `sum`, `mean` or `max`, how they are fused; `always`, as the method
-            fuses CAMs.
+        flip: whether mirror images take part: `none`; `sum`, `mean` or `max`, how they are fused; `always`, as the
+            method fuses CAMs.
         fusion: of the segmentation's scales; None for CAMs, and where there is one scale.
         size: of the image at scale 1.
         labels_at_test: which labels of the image its classes were chosen by: `true`, `predicted` or `none`.
