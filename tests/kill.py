@@ -30,6 +30,8 @@ from tiny import (
     OVERRIDES,
     RESNET38_OVERRIDES,
     WEAKTR_OVERRIDES,
+    WECLIP_OVERRIDES,
+    WECLIP_PLUS_OVERRIDES,
     call,
 )
 
@@ -43,12 +45,17 @@ SETTINGS = {
     "rcm_mam": [*RESNET38_OVERRIDES, "method.prototypes=memory"],
     "irn": IRN_OVERRIDES,
     "frozen_cam": FROZEN_OVERRIDES,
+    "weclip": WECLIP_OVERRIDES,
+    "weclip with dino": WECLIP_PLUS_OVERRIDES,
 }
 
 
 def settings(method: str, steps: int, workers: int = 2) -> list[str]:
     """The command of a run; a third of its steps between checkpoints."""
-    mine = [f"method={method}", *(o for o in SETTINGS[method] if not o.startswith(("data.num_workers", "trainer.max")))]
+    mine = [
+        f"method={method.split()[0]}",
+        *(o for o in SETTINGS[method] if not o.startswith(("data.num_workers", "trainer.max"))),
+    ]
     mine = [o for o in mine if not o.startswith("trainer.val_check_interval")]
     return [
         *mine,

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
-from tiny import COSA, METHOD, OVERRIDES, RESNET38_OVERRIDES, Ended
+from tiny import CLIP, COSA, METHOD, OVERRIDES, RESNET38_OVERRIDES, WECLIP, Ended
 
 import wsss
 from wsss.config import class_named, method_option
@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("frozen_cam", "frozen_segmentation"), CNN),
     "irn": {"backbone": "resnet18", "weights": None},
     "affinity": {"backbone_args": SLIM, "weights": None},
+    "clip_es": CLIP,
+    "weclip": WECLIP,
 }
 
 
@@ -56,7 +58,7 @@ def test_every_method_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("irn", "affinity")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("irn", "affinity", "clip_es")])
 def test_onnx_equals_torch(name: str, tmp_path: Path) -> None:
     """At sizes that were not traced: square ones, that of a position table, no multiples of a patch; any batch."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -84,6 +86,13 @@ def test_onnx_equals_torch(name: str, tmp_path: Path) -> None:
     print(
         name, {key: f"{relative:.1e} of the largest, {absolute:.1e}" for key, (relative, absolute) in largest.items()}
     )
+
+
+def test_maps_by_gradients_are_no_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    with pytest.raises(wsss.InputError, match="makes its maps by gradients") as error:
+        write_onnx(tmp_path / "x.onnx", build("clip_es"), "clip_es")
+    assert "\n" not in str(error.value)
 
 
 class Fixed(CAM):

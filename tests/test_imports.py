@@ -52,6 +52,7 @@ OUTSIDE = {
     "altair": {"report/charts"},
     "vl_convert": {"report/page"},
     "segmentation_models_pytorch": {"networks/segmenters"},
+    "open_clip": {"networks/clip"},
     **{package: {"outputs/onnx"} for package in ("onnx", "onnxruntime", "onnxscript")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

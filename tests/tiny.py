@@ -84,6 +84,41 @@ COSA: dict[str, Any] = {
     "loss_warmup_steps": 0,
 }
 COSA_OVERRIDES = [*SHARED, *(f"method.{key}={as_override(value)}" for key, value in COSA.items())]
+CLIP: dict[str, Any] = {
+    "weights": None,
+    "text": None,
+    "backbone_args": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
+    "affinity_layers": 2,
+}
+WECLIP: dict[str, Any] = CLIP | {
+    "refine_layers": 2,
+    "static_steps": 3,
+    "long_side": 48,
+    "channels": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "par": {"dilations": [1, 2], "iterations": 2},
+}
+WECLIP_PLUS: dict[str, Any] = WECLIP | {
+    "dino": "vit_small_patch14_dinov2",
+    "dino_weights": None,
+    "dino_args": {"img_size": 28, "embed_dim": 12, "depth": 1, "num_heads": 2},
+    "static_steps": 0,
+    "box_threshold": None,
+    "soft_product": True,
+    "skip_block": True,
+    "self_labels": {"step": 2, "threshold": 0.3, "gate": False},
+    "losses": {"seg": {"weight": 1.0}, "aff": {"weight": 0.1}, "dice": {"weight": 1.0}, "cross": {"weight": 0.1}},
+}
+
+
+def method_overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"method.{key}={as_override('null' if value is None else value)}" for key, value in values.items()]
+
+
+CLIP_OVERRIDES = [o for o in SHARED if not o.startswith("transform.")] + method_overrides(CLIP)
+WECLIP_OVERRIDES = SHARED + method_overrides(WECLIP)
+WECLIP_PLUS_OVERRIDES = SHARED + method_overrides(WECLIP_PLUS)
 OVERRIDES += [f"method.{key}={as_override(value)}" for key, value in METHOD.items()]
 VOC_OVERRIDES = ["dataset=voc", "method.weights=null", *(o for o in OVERRIDES if not o.startswith("dataset."))]
 

@@ -56,14 +56,20 @@ def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def rescale_photograph(image: Tensor, scale: float, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter, sides rounded.
+    """`resize_photograph` by a factor, sides rounded as Python does, 281.25 to 281 and 262.5 to 262."""
+    height, width = (round(scale * side) for side in image.shape[-2:])
+    return resize_photograph(image, (height, width), mean, std)
+
+
+def resize_photograph(image: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize the 8-bit photographs behind normalised images: PIL's bicubic filter.
 
     On the host, because torch's antialiased resize of bytes differs from PIL's by a level in 0.1 to 0.7 % of the
-    values. Sides are rounded as Python does, 281.25 to 281 and 262.5 to 262.
+    values.
     """
     from PIL import Image  # here, because the losses import this file and need torch alone
 
-    height, width = (round(scale * side) for side in image.shape[-2:])
+    height, width = size
     colours = denormalise(image, mean, std).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colours]
     channels = torch.from_numpy(np.stack(resized)).to(image.device).float().div(255).unbind(-1)
@@ -158,6 +164,7 @@ def multiscale_seg(
     fusion: str = "max",
     softmax: bool = False,
     align_corners: bool = False,
+    rescale: Callable[[Tensor, float, bool], Tensor] = rescale,
 ) -> Tensor:
     """Class scores (B, K, *size) of several scales and mirror images.
 
@@ -166,12 +173,14 @@ def multiscale_seg(
         image: (B, 3, H, W).
         size: height and width of the result; scores are resized to it before they are fused.
         scales: factors of the image size.
-        flip: how plain and mirrored scores become one, `sum`, `max`, or `none` for the plain ones alone.
-        fusion: how scales become one, `max` or `sum`.
+        flip: how plain and mirrored scores become one, `sum`, `mean`, `max`, or `none` for the plain ones alone.
+        fusion: how scales become one, `max`, `sum` or `mean`.
         softmax: fuse probabilities instead of scores.
         align_corners: how images are resized to a scale.
+        rescale: does it, from images, scale and `align_corners`.
     """
-    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum}
+    fuse: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "mean": torch.add, "max": torch.maximum}
+    shares = (2 if flip == "mean" else 1) * (len(scales) if fusion == "mean" else 1)
     total: Tensor | None = None
     for scale in scales:
         scaled = image if scale == 1.0 else rescale(image, scale, align_corners)
@@ -182,7 +191,7 @@ def multiscale_seg(
             scores = fuse[flip](plain, mirrored.flip(-1))
         total = scores if total is None else fuse[fusion](total, scores)
     assert total is not None  # a protocol has at least one scale
-    return total
+    return total / shares if shares > 1 else total
 
 
 def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:

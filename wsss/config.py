@@ -26,6 +26,7 @@ from wsss import InputError
 PATH_KEYS = {
     "affinity",
     "checkpoint",
+    "dino_weights",
     "dir",
     "images",
     "init_checkpoint",
@@ -37,6 +38,7 @@ PATH_KEYS = {
     "root",
     "sbd_md5",
     "sbd_url",
+    "text",
     "train",
     "val",
     "voc_md5",

@@ -168,7 +168,7 @@ def check_values(group: str, values: Mapping[str, Any], own: Mapping[str, Any], 
 
 
 def _may_be_set(parts: list[str]) -> bool:
-    if parts[0] == "backbone_args" and len(parts) > 1:
+    if parts[0] in ("backbone_args", "dino_args") and len(parts) > 1:
         return parts[1] in BACKBONE_ARGS.split() and len(parts) == 2
     return not any(FORBIDDEN & {*part.lower().split("_"), part} for part in parts)
 
@@ -247,13 +247,15 @@ MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.ra
 class Bounded(TorchFunctionMode):
     """While it is entered, tensors are made in the number and size of a state dict; 8 times as many are too many.
 
-    So a network that a file describes takes no more time and memory than the weights that the file has for it.
+    So a network that a file describes takes no more time and memory than the weights that the file has for it. Of a
+    frozen network the file has the key alone; it may be as large as the published ones.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
+        frozen = sum(name.endswith(".key") for name in state)
         self.tensors = 1000 + 8 * len(state)
-        self.numbers = 2**27 + 8 * sum(tensor.numel() for tensor in state.values())
+        self.numbers = 2**27 + 2**29 * min(frozen, 2) + 8 * sum(tensor.numel() for tensor in state.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

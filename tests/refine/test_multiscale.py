@@ -180,14 +180,19 @@ def scores_written_out(
         scores = bilinear(network(scaled(image, scale)), *size)
         if flip != "none":
             other = mirrored(bilinear(network(mirrored(scaled(image, scale))), *size))
-            scores = scores + other if flip == "sum" else torch.where(scores > other, scores, other)
+            fused = {
+                "sum": scores + other,
+                "mean": (scores + other) / 2,
+                "max": torch.where(scores > other, scores, other),
+            }
+            scores = fused[flip]
         maps.append(scores)
     every = torch.stack(maps)
-    return every.sum(0) if fusion == "sum" else every.amax(0)
+    return {"sum": every.sum(0), "mean": every.mean(0), "max": every.amax(0)}[fusion]
 
 
-@pytest.mark.parametrize("fusion", ["max", "sum"])
-@pytest.mark.parametrize("flip", ["none", "sum", "max"])
+@pytest.mark.parametrize("fusion", ["max", "sum", "mean"])
+@pytest.mark.parametrize("flip", ["none", "sum", "mean", "max"])
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.5, 1.25), (0.5, 1.3)])
 def test_scores_are_the_recipe(
     network: Network, image: Tensor, scales: tuple[float, ...], flip: str, fusion: str

@@ -298,12 +298,13 @@ def make_one(
     from wsss.cam import reduce, resize, resize_ids
     from wsss.outputs.labels import InstanceMap
 
-    image, shown = item["image"], np.flatnonzero(item["label"])
+    image, label = item["image"], torch.from_numpy(item["label"])
+    shown = np.flatnonzero(item["label"])
     size = image.shape[:2]
     if len(shown) == 0:
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
         return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
-    batch = {"image": photo[None].to(method.device)}
+    batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
     if "features" in item:
         batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
     cam = method.infer_batch(batch)["cam"][:, torch.from_numpy(shown).to(method.device)]

@@ -45,7 +45,11 @@ def train(cfg: DictConfig) -> float | None:
         announce(cfg, out, method, data, skipped)
     try:
         with ending():
-            trainer.fit(method, data, ckpt_path=last, weights_only=True)
+            if method.losses:
+                trainer.fit(method, data, ckpt_path=last, weights_only=True)
+            else:  # it is complete as it is built
+                trainer.strategy.connect(method)
+                trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
             if data.val is not None and log.evaluated != trainer.global_step:
                 trainer.validate(method, data, verbose=False)
     except InputError as error:
@@ -208,7 +212,8 @@ def announce(cfg: DictConfig, out: Path, method: "Stage", data: "DataModule", sk
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     print(
         f"{choices['method']} ({parameters / 1e6:.1f} M parameters) on {choices['dataset']}: "
-        f"{data.train_size} images of {data.num_classes} classes, {cfg.trainer.max_steps} steps -> {out}"
+        f"{data.train_size} images of {data.num_classes} classes, "
+        f"{f'{cfg.trainer.max_steps} steps' if method.losses else 'nothing to learn'} -> {out}"
     )
     for key, step in method.loss_starts.items():
         if step > 0:

@@ -24,8 +24,9 @@ class Protocol:
         size: the image is resized to a square of this side (its aspect is lost); None leaves it as it is.
             Predictions are always resized to the mask.
         scales: factors of that size at which the segmentation is computed.
-        flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum` or `max`.
-        fusion: how its scales are fused: `max` or `sum`.
+        flip: how its scores of the image and the mirror image are fused: `none` (image alone), `sum`, `mean`
+            or `max`.
+        fusion: how its scales are fused: `max`, `sum` or `mean`.
         softmax: scores are fused as they are and softmax makes probabilities of them `after`, or they are brought to
             probabilities `before`; those of several scales then do not sum to 1.
         align_corners: how the image is resized to a scale.
@@ -63,8 +64,8 @@ class Protocol:
         for name, known in (
             ("image_labels", ("true", "predicted")),
             ("segmentation_labels", ("none", "true")),
-            ("flip", ("none", "sum", "max")),
-            ("fusion", ("max", "sum")),
+            ("flip", ("none", "sum", "mean", "max")),
+            ("fusion", ("max", "sum", "mean")),
             ("softmax", ("after", "before")),
             ("threshold", ("fixed", "otsu", "area_prior", "best")),
         ):
@@ -169,8 +170,8 @@ class Measured:
         checkpoint_rule: which checkpoint of its training this is: `last`; `best by` a figure of image labels; `best by
             masks`, with the figure in brackets; `not known`.
         scales: of the image.
-        flip: whether mirror images take part: `none`; `sum` or `max`, by which they are fused; `always`, as the method
-            fuses CAMs.
+        flip: whether mirror images take part: `none`; `sum`, `mean` or `max`, how they are fused; `always`, as the
+            method fuses CAMs.
         fusion: of the segmentation's scales; None for CAMs, and where there is one scale.
         size: of the image at scale 1.
         labels_at_test: which labels of the image its classes were chosen by: `true`, `predicted` or `none`.

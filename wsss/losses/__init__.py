@@ -19,21 +19,25 @@ from wsss.losses.rcm_mam import MultiscaleAttentiveLoss, PrototypeMemory, Region
 from wsss.losses.registry import LOSSES, build, register
 from wsss.losses.seam import EquivarianceLoss, EquivariantCrossLoss, MinPoolingLoss
 from wsss.losses.toco import ClassTokenContrastLoss, PatchTokenContrastLoss
+from wsss.losses.weclip import BranchAgreementLoss, DiceLoss, FeatureAffinityLoss
 from wsss.pairs import affinity_labels
 
 __all__ = [
     "LOSSES",
     "AffinityLoss",
     "BalancedCrossEntropyLoss",
+    "BranchAgreementLoss",
     "ClassTokenContrastLoss",
     "ClassTokenSeparationLoss",
     "ClassificationLoss",
     "ClippedCrossEntropyLoss",
     "CrossEntropyLoss",
     "DenseEnergyLoss",
+    "DiceLoss",
     "DisplacementLoss",
     "EquivarianceLoss",
     "EquivariantCrossLoss",
+    "FeatureAffinityLoss",
     "MinPoolingLoss",
     "MultiscaleAttentiveLoss",
     "PatchTokenContrastLoss",

@@ -158,7 +158,7 @@ class WSSSModule(Stage):
         A method with class attention also shows where the tokens of the true classes look.
         """
         image, label = reduce(batch["image"], self.protocol.max_side).to(self.device), batch["label"].to(self.device)
-        size, output = image.shape[-2:], self.infer(image)
+        size, output = image.shape[-2:], self.infer_batch({"image": image, "label": label})
         cam = resize(output["cam"], size) * label[:, :, None, None]
         colours = self.colours(image)[0].round().clamp(0, 255).byte().permute(1, 2, 0)
         pictures = {"image": colours, "CAM": cam[0].amax(0), "pseudo label": self.pseudo_label(image, cam, label)[0]}

@@ -29,7 +29,7 @@ class Stage(pl.LightningModule):
     Args:
         num_classes: C, foreground classes only; `classes` are their names, numbers when None.
         losses: mapping from a loss key to its `weight` and arguments, or to None to leave the term out.
-        computed: the loss keys this stage computes.
+        computed: the loss keys this stage computes; without any it learns nothing and is complete as it is built.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -77,7 +77,7 @@ class Stage(pl.LightningModule):
                 arguments = dict(settings)
                 self.loss_weights[key] = float(arguments.pop("weight", 1.0))
                 self.losses[key] = build(key, **arguments)
-        if not self.losses:
+        if computed and not self.losses:
             raise InputError("losses: every term is null, so there is nothing to learn")
 
     def without_background(self) -> None:
@@ -132,7 +132,7 @@ class Stage(pl.LightningModule):
         return self(self.sized(image))
 
     def infer_batch(self, batch: Mapping[str, Any], cams: bool = True) -> dict[str, Tensor]:
-        """`infer` of the images of a batch, whose features may be known already."""
+        """`infer` of the images of a batch, whose features, or labels, may be known already."""
         return self.infer(batch["image"], cams)
 
     def segment(self, image: Tensor, size: Sequence[int], seg: Tensor) -> Tensor:

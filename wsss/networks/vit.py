@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -114,13 +114,19 @@ def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) ->
     return model, loaded
 
 
-def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def create_timm(
+    backbone: str,
+    weights: str | None,
+    arguments: dict[str, Any],
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> tuple[nn.Module, str | None]:
     """A timm model without its head, and in words which weights it has; None for random ones.
 
     Args:
         backbone: its name, without a tag.
         weights: None for random weights, a timm tag, a name of `PACKAGES`, or a `.pth` or `.safetensors` file.
-        arguments: of its constructor.
+        arguments: of its constructor; with `num_classes`, the number of the weights, it keeps their head.
+        rename: from the names of a file's tensors to some that timm knows.
 
     Raises:
         InputError: an unknown name, tag or argument; a file that does not fit; a download that fails; a package that
@@ -148,7 +154,8 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
             # timm is strict about its weights only where the head is theirs too
             others = {name: value for name, value in arguments.items() if name not in ("num_classes", "global_pool")}
             model = timm.create_model(f"{backbone}.{tag}", pretrained=True, **others)
-            model.reset_classifier(arguments.get("num_classes", 0), arguments.get("global_pool"))
+            if "global_pool" in arguments or arguments.get("num_classes", 0) != model.num_classes:
+                model.reset_classifier(arguments.get("num_classes", 0), arguments.get("global_pool"))
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         unfit = f"backbone_args {arguments}" if tag is None or isinstance(error, TypeError) else source
@@ -159,11 +166,13 @@ def create_timm(backbone: str, weights: str | None, arguments: dict[str, Any]) -
             "or .safetensors file, or method.weights=null for random weights"
         ) from error
     if weights is not None and tag is None:
-        return model, load_timm(model, backbone, weights)
+        return model, load_timm(model, backbone, weights, rename)
     return model, None if tag is None else f"all tensors of {source}"
 
 
-def load_timm(model: Any, backbone: str, path: str) -> str:
+def load_timm(
+    model: Any, backbone: str, path: str, rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+) -> str:
     """`load_weights` of a timm model, converted as timm does: position table and patches resized, names translated.
 
     For the networks of `PACKAGES` the packages' own files are read too, and named as they name their tensors.
@@ -172,7 +181,7 @@ def load_timm(model: Any, backbone: str, path: str) -> str:
     convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)  # timm's convention
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    content, theirs = read_state_dict(path), {}
+    content, theirs = rename(read_state_dict(path)), {}
     if any(package.backbone == backbone for package in PACKAGES.values()) and any("_blocks." in key for key in content):
         theirs, heads = package_names(model), (*heads, CLASSIFIER)
     ours = {name: own for own, name in theirs.items()}
@@ -183,7 +192,7 @@ def load_timm(model: Any, backbone: str, path: str) -> str:
 
     return load_weights(
         model,
-        f"{backbone} without its head",
+        backbone if model.num_classes else f"{backbone} without its head",
         path,
         content,
         converted,

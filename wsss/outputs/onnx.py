@@ -41,7 +41,8 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
     a method without any.
 
     Raises:
-        InputError: it makes no masks, or a package is missing; torch cannot trace it for every size.
+        InputError: it makes no masks, or not in a single pass; a package is missing; torch cannot trace it for every
+            size.
     """
     if not method.makes_masks:
         raise InputError(
@@ -56,6 +57,11 @@ def write_onnx(out: Path, method: Any, name: str) -> list[str]:
     with torch.no_grad():
         output = method(image)
     names = [key for key in OUTPUTS if output.get(key) is not None]
+    if not {"cam", "seg"} & {*names}:
+        raise InputError(
+            f"{type(method).__name__} makes its maps by gradients, which no ONNX file holds: export a network that was "
+            "trained on its masks"
+        )
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
