@@ -19,6 +19,7 @@ from wsss.cam import by_max, resize
 from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
+from wsss.networks.resnet38 import ResNet38
 from wsss.networks.weights import start_classifier
 from wsss.optim import sgd_poly, update_average
 from wsss.refine.thresholds import cam_to_label
@@ -43,9 +44,9 @@ class TwoLayerNet(nn.Module):
         for layer in (self.fc8, self.fc9):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> features (B, D, h, w), at least 0, and raw CAMs (B, C, h, w)."""
-        features = F.relu(self.fc8(self.backbone(image)))
+    def forward(self, image: Tensor, begun: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), and what `backbone.begin` makes of it -> features (B, D, h, w), at least 0, and raw CAMs."""
+        features = F.relu(self.fc8(self.backbone(image, begun)))
         return features, self.fc9(features)
 
 
@@ -145,6 +146,18 @@ class RCMMAM(WSSSModule):
         self.support = deepcopy(self.main).requires_grad_(False).eval()
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
+        self.compare_beginnings()
+        self.register_load_state_dict_post_hook(lambda module, keys: module.compare_beginnings())
+
+    def compare_beginnings(self) -> None:
+        """Whether the stages that do not learn are the same in both networks, so that one may run for both."""
+        ours, theirs = (network.backbone.body for network in (self.main, self.support))
+        self.one_beginning = isinstance(ours, ResNet38) and all(
+            torch.equal(a, b)
+            for a, b in zip(
+                ours.beginning().state_dict().values(), theirs.beginning().state_dict().values(), strict=True
+            )
+        )
 
     def start_from(self, path: str) -> None:
         """Both networks' weights, and how their images are normalised, from a checkpoint.
@@ -175,12 +188,15 @@ class RCMMAM(WSSSModule):
         weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.loss_starts[key]}
         terms: dict[str, Tensor] = {}
         size = image.shape[-2:]
-        features, cam = self.main(image)
+        scales = {1.0, *self.hparams.support_scales} if {"rcm", "mam"} & weights.keys() else {1.0}
+        views = {scale: rescale_view(image, scale) for scale in scales}
+        begun = {scale: self.main.backbone.begin(view) for scale, view in views.items() if self.one_beginning}
+        features, cam = self.main(image, begun.get(1.0))
         if "cls" in weights:
             terms["cls"] = self.losses["cls"](cam.mean(dim=(-2, -1)), label)
         if "rcm" in weights or "mam" in weights:
             with torch.no_grad():
-                outputs = {scale: self.support(rescale_view(image, scale)) for scale in self.hparams.support_scales}
+                outputs = {scale: self.support(views[scale], begun.get(scale)) for scale in self.hparams.support_scales}
                 support = {scale: self.visible(raw, label, size) for scale, (_, raw) in outputs.items()}
                 fused = torch.stack(list(support.values()))  # (S, B, C, H, W)
         if "rcm" in weights:
@@ -189,8 +205,16 @@ class RCMMAM(WSSSModule):
             terms["rcm"] = self.losses["rcm"](features, region, self.prototype_rules[self.hparams.prototypes](own))
         if "mam" in weights:
             part = max(1, int(len(image) * self.hparams.mam_fraction))
-            some, theirs = image[:part], label[:part]
-            raw = [cam[:part] if s == 1.0 else self.main(rescale_view(some, s))[1] for s in self.hparams.main_scales]
+            theirs = label[:part]
+
+            def raw_cam(scale: float) -> Tensor:
+                if scale == 1.0:
+                    return cam[:part]
+                view, known = views.get(scale), begun.get(scale)
+                view = rescale_view(image[:part], scale) if view is None else view[:part]
+                return self.main(view, None if known is None else known[:part])[1]
+
+            raw = [raw_cam(scale) for scale in self.hparams.main_scales]
             main = torch.stack([self.visible(maps, theirs, size) for maps in raw])
             terms["mam"] = self.losses["mam"](main, fused[:, :part])
         return self.combine(terms, weights)
