@@ -147,17 +147,20 @@ class RCMMAM(WSSSModule):
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
         self.compare_beginnings()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.compare_beginnings())
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; the networks may no longer begin alike."""
+        result = super().load_state_dict(*args, **kwargs)
+        self.compare_beginnings()
+        return result
 
     def compare_beginnings(self) -> None:
         """Whether the stages that do not learn are the same in both networks, so that one may run for both."""
-        ours, theirs = (network.backbone.body for network in (self.main, self.support))
-        self.one_beginning = isinstance(ours, ResNet38) and all(
-            torch.equal(a, b)
-            for a, b in zip(
-                ours.beginning().state_dict().values(), theirs.beginning().state_dict().values(), strict=True
-            )
-        )
+        bodies: list[Any] = [network.backbone.body for network in (self.main, self.support)]
+        self.one_beginning = isinstance(bodies[0], ResNet38)
+        if self.one_beginning:
+            ours, theirs = (body.beginning().state_dict().values() for body in bodies)
+            self.one_beginning = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def start_from(self, path: str) -> None:
         """Both networks' weights, and how their images are normalised, from a checkpoint.
