@@ -296,10 +296,11 @@ def test_refusals(name: str, arguments: dict[str, Any], said: str) -> None:
     assert said in str(refused.value)
 
 
-def test_seam_with_maps_of_the_classes_that_are_there() -> None:
+@pytest.mark.parametrize("name", ["seam", "rcm_mam"])
+def test_maps_of_the_classes_that_are_there(name: str) -> None:
     found = []
     for more in ({}, {"max_labels": 1}):
-        module = method("seam", 5, backbone_args={"width": 4}).eval()
+        module = method(name, 5, backbone_args={"width": 4}).eval()
         result = module.training_step(batch(num_classes=5) | more, 0)
         result["loss"].backward()
         found.append((result["terms"], [p.grad for p in module.parameters() if p.grad is not None]))

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import by_max, resize
+from wsss.cam import by_max, of_classes, present_classes, resize
 from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
@@ -186,6 +186,10 @@ class RCMMAM(WSSSModule):
         starts = {"rcm": self.hparams.rcm_start, "mam": self.hparams.mam_start}
         return {key: starts.get(key, 0) for key in self.losses}
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # read while the labels are on the host, so that the step knows its number of maps without a sync
+        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label = batch["image"], batch["label"]
         weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.loss_starts[key]}
@@ -200,15 +204,18 @@ class RCMMAM(WSSSModule):
         if "rcm" in weights or "mam" in weights:
             with torch.no_grad():
                 outputs = {scale: self.support(views[scale], begun.get(scale)) for scale in self.hparams.support_scales}
-                support = {scale: self.visible(raw, label, size) for scale, (_, raw) in outputs.items()}
-                fused = torch.stack(list(support.values()))  # (S, B, C, H, W)
+                # maps at image size of the classes that are there
+                shown, classes = present_classes(label, batch.get("max_labels", self.num_classes))  # (B, K)
+                raws = {scale: of_classes(raw, classes, self.num_classes) for scale, (_, raw) in outputs.items()}
+                support = {scale: self.visible(raw, shown, size) for scale, raw in raws.items()}
+                fused = torch.stack(list(support.values()))  # (S, B, K, H, W)
         if "rcm" in weights:
-            region = self.region(fused.sum(0), label)
-            own = image_prototypes(outputs[1.0][0], self.region(support[1.0], label), self.num_classes)
+            region = self.region(fused.sum(0), shown, classes)
+            seen = self.region(support[1.0], shown, classes)
+            own = image_prototypes(outputs[1.0][0], seen, self.num_classes, classes)
             terms["rcm"] = self.losses["rcm"](features, region, self.prototype_rules[self.hparams.prototypes](own))
         if "mam" in weights:
             part = max(1, int(len(image) * self.hparams.mam_fraction))
-            theirs = label[:part]
 
             def raw_cam(scale: float) -> Tensor:
                 if scale == 1.0:
@@ -218,8 +225,9 @@ class RCMMAM(WSSSModule):
                 return self.main(view, None if known is None else known[:part])[1]
 
             raw = [raw_cam(scale) for scale in self.hparams.main_scales]
-            main = torch.stack([self.visible(maps, theirs, size) for maps in raw])
-            terms["mam"] = self.losses["mam"](main, fused[:, :part])
+            raw = [of_classes(maps, classes[:part], self.num_classes) for maps in raw]
+            main = torch.stack([self.visible(maps, shown[:part], size) for maps in raw])
+            terms["mam"] = self.losses["mam"](main, fused[:, :part], self.num_classes)
         return self.combine(terms, weights)
 
     @staticmethod
@@ -227,9 +235,10 @@ class RCMMAM(WSSSModule):
         """Raw CAMs (B, C, h, w) -> (B, C, *size): resized, where positive, absent classes 0."""
         return F.relu(resize(cam, size)) * label[:, :, None, None]
 
-    def region(self, cam: Tensor, label: Tensor) -> Tensor:
-        """(B, H, W) ids of the strongest class where its normalised CAM exceeds the threshold, else background."""
-        return cam_to_label(by_max(cam), label, self.hparams.region_threshold if self.has_background else -1.0)
+    def region(self, cam: Tensor, label: Tensor, classes: Tensor) -> Tensor:
+        """(B, H, W) ids of the strongest of `classes` where its normalised CAM exceeds the threshold, else 0."""
+        threshold = self.hparams.region_threshold if self.has_background else -1.0
+        return cam_to_label(by_max(cam), label, threshold, classes=classes)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
