@@ -6,11 +6,51 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ROWS_SCORES = 2**22
+"""How many class scores at image size `by_rows` makes at once."""
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=False, no antialiasing: the field's way with images and maps."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def by_rows(
+    function: Callable[..., Tensor], scores: Tensor, size: Sequence[int], *pixels: Tensor, step: int = 1
+) -> Tensor:
+    """What a function makes of class scores at the size of an image, without holding more than some rows of them.
+
+    Scores of a thousand classes at that size fill gigabytes. Those of a few rows are made, used, and in the backward
+    pass made once more. The classes come last, where softmax is several times faster on a CPU.
+
+    Args:
+        function: ((B, r, W, K), *(B, r, W)) -> (B, s, ...): of r rows, independent of the others.
+        scores: (B, K, h, w), resized bilinearly where the size differs.
+        size: H and W.
+        pixels: (B, H, W), further arguments of the function.
+        step: r is a multiple of it, but for the last rows.
+
+    Returns:
+        What the function returned, one below the other.
+    """
+    height, width = size
+    rows = max(1, ROWS_SCORES // (scores[:, :, 0, 0].numel() * width * step)) * step
+    scores = scores.contiguous(memory_format=torch.channels_last)
+    if rows >= height:
+        return function(
+            (scores if scores.shape[-2:] == (height, width) else resize(scores, size)).permute(0, 2, 3, 1), *pixels
+        )
+    if scores.shape[-2] != height:
+        scores = resize(scores, (height, scores.shape[-1]))  # so that rows do not depend on one another
+
+    def of_rows(part: Tensor, *pixels: Tensor) -> Tensor:
+        part = part if part.shape[-1] == width else resize(part, (part.shape[-2], width))
+        return function(part.permute(0, 2, 3, 1), *pixels)
+
+    parts = zip(scores.split(rows, 2), *(values.split(rows, 1) for values in pixels), strict=True)
+    return torch.cat([checkpoint(of_rows, *p, use_reentrant=False, preserve_rng_state=False) for p in parts], dim=1)
 
 
 def rescale(image: Tensor, scale: float, align_corners: bool = False) -> Tensor:
@@ -113,6 +153,33 @@ def inference_norm(cam: Tensor, eps: float = 1e-5) -> Tensor:
 def with_background(label: Tensor) -> Tensor:
     """(B, C) labels -> (B, 1 + C): the background, channel 0, is in every image."""
     return F.pad(label, (1, 0), value=1.0)
+
+
+def present_classes(label: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The classes that images show, each image's in order, so that work need not be done for all there are.
+
+    Args:
+        label: (B, C) 0 or 1.
+        count: K, at least the largest number of labels of an image.
+
+    Returns:
+        The labels (B, K) of those classes, 0 where an image has fewer than K, and their numbers (B, K), 0 to C - 1.
+    """
+    present, classes = label.sort(dim=1, descending=True, stable=True)
+    return present[:, :count], classes[:, :count]
+
+
+def of_classes(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Of maps (R * B, G * C, h, w) those of each image's own classes (B, K): (R * B, G * K, h, w).
+
+    Args:
+        maps: of R views of B images, all images of a view side by side; G groups of C maps.
+        classes: as `present_classes` gives them.
+        num_classes: C.
+    """
+    classes = classes.repeat(len(maps) // len(classes), 1)
+    rows = torch.arange(len(maps), device=maps.device)[:, None]
+    return maps.unflatten(1, (-1, num_classes))[rows, :, classes].transpose(1, 2).flatten(1, 2)
 
 
 @torch.no_grad()

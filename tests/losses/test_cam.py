@@ -225,3 +225,16 @@ def test_mam_of_nothing_is_zero(attention: bool, batch: int) -> None:
     (gradient,) = torch.autograd.grad(loss, main)
     assert loss.item() == 0
     assert not gradient.any()
+
+
+def test_absent_classes_left_out(generator: torch.Generator) -> None:
+    """What their maps, all 0, do to the means is known without them."""
+    label = torch.zeros(2, 9, dtype=D)
+    label[:, [1, 4]] = 1
+    maps = (
+        torch.rand(2, 2, 10, 6, 5, dtype=D, generator=generator)
+        * torch.cat([torch.ones_like(label[:, :1]), label], 1)[None, :, :, None, None]
+    )
+    for name in ("er", "ecr"):
+        few = build(name)(*maps[:, :, [0, 2, 5]], num_classes=9)
+        torch.testing.assert_close(few, build(name)(*maps))

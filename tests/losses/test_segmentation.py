@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import wsss.cam
+import wsss.losses.cross_entropy
 from wsss import InputError
-from wsss.losses import BalancedCrossEntropyLoss, ClassificationLoss, ClippedCrossEntropyLoss, CrossEntropyLoss
+from wsss.losses import BalancedCrossEntropyLoss, ClassificationLoss, ClippedCrossEntropyLoss, CrossEntropyLoss, build
 
 D = torch.float64
 
@@ -145,3 +147,22 @@ def test_small_logits_are_resized(loss: torch.nn.Module) -> None:
     logits, label = torch.randn(1, 3, 2, 2), torch.randint(3, (1, 6, 8))
     large = torch.nn.functional.interpolate(logits, size=(6, 8), mode="bilinear", align_corners=False)
     assert torch.equal(loss(logits, label), loss(large, label))
+
+
+@pytest.mark.parametrize("name", ["ce", "clipped_ce", "seg", "dense_energy"])
+@pytest.mark.parametrize("small", [(4, 5), (16, 20)])
+def test_scores_made_some_rows_at_a_time(name: str, small: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many classes: the same value and gradient as all at once, also where the scores have the image's size already."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (2, 16, 20), generator=generator)
+    label[0, :3] = 255
+    image, found = torch.rand(2, 3, 16, 20, generator=generator) * 255, []
+    scores = torch.randn(2, 5, *small, generator=generator)
+    for rows in (2**22, 2 * 5 * 20 * 6):
+        for module in (wsss.cam, wsss.losses.cross_entropy):
+            monkeypatch.setattr(module, "ROWS_SCORES", rows)
+        given = scores.clone().requires_grad_()
+        loss = build(name)(image, given, label) if name == "dense_energy" else build(name)(given, label)
+        loss.backward()
+        found.append((loss.detach(), given.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7 if name != "dense_energy" else 1e-12)

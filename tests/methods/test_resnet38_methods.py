@@ -294,3 +294,33 @@ def test_refusals(name: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError) as refused:
         method(name, **arguments)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["seam", "rcm_mam"])
+def test_maps_of_the_classes_that_are_there(name: str) -> None:
+    found = []
+    for more in ({}, {"max_labels": 1}):
+        module = method(name, 5, backbone_args={"width": 4}).eval()
+        result = module.training_step(batch(num_classes=5) | more, 0)
+        result["loss"].backward()
+        found.append((result["terms"], [p.grad for p in module.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 5])
+def test_one_beginning_for_both_networks(frozen: int) -> None:
+    """Stages that do not learn run once where they are the same, without a change of the numbers."""
+    found = []
+    for one in (True, False):
+        module: RCMMAM = method("rcm_mam", backbone_args={"width": 4, "frozen_stages": frozen}).train()
+        assert module.one_beginning
+        module.one_beginning = one
+        torch.manual_seed(2)
+        result = module.training_step(batch(), 0)
+        result["loss"].backward()
+        found.append((result["terms"], [p.grad for p in module.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-8)
+    state = module.state_dict()
+    state["support.backbone.body.b2.conv_branch2a.weight"] = state["support.backbone.body.b2.conv_branch2a.weight"] + 1
+    module.load_state_dict(state)
+    assert module.one_beginning == (frozen < 2)

@@ -182,3 +182,15 @@ def test_classes_that_tile_the_image(batch: dict[str, Any]) -> None:
     assert predicted.sum() == mask.numel()
     assert "no background" in str(method.describe("val")["val/cam_miou"])
     assert torch.isfinite(method.training_step(batch, 0)["loss"])
+
+
+def test_maps_of_the_classes_that_are_there(batch: dict[str, Any]) -> None:
+    """The numbers of a step do not depend on how many maps of absent classes are made."""
+    found = []
+    for more in ({}, {"max_labels": 2}):
+        method = build()
+        torch.manual_seed(2)
+        result = method.training_step(batch | more, 0)
+        result["loss"].backward()
+        found.append((result["terms"], [p.grad for p in method.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)

@@ -543,7 +543,13 @@ def train(data: str, recordings: Any, folder: Path) -> Trajectory:
 
             patch.setattr(owner, name, watched)
 
-        watch(method, "multiscale", "cam_means", lambda cams: cams.mean(dim=(-2, -1)))
+        training_step = method.training_step
+
+        def step(batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+            run.add("cam_means", method.multiscale(batch["image"]).mean(dim=(-2, -1)))  # of absent classes as well
+            return training_step(batch, batch_idx)
+
+        patch.setattr(method, "training_step", step)
         watch(wsss.methods.toco, "region_map", "roi_hist", lambda region: region.long().flatten().bincount(minlength=3))
         watch(method, "cut_local_crops", "flags", lambda result: result[1])
         watch(method, "token_label", "ptc_label", lambda label: label)

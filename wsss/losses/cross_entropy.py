@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import resize
+from wsss.cam import ROWS_SCORES, by_rows, resize
 from wsss.losses.registry import register
 
 
@@ -33,9 +33,15 @@ class ClassificationLoss(nn.Module):
 
 def pixel_cross_entropy(logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
     """(B, H, W), 0 where ignored, from (B, 1 + C, h, w), resized bilinearly to the label where the sizes differ."""
-    if logits.shape[-2:] != label.shape[-2:]:
-        logits = resize(logits, label.shape[-2:])
-    return F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
+    if logits.shape[1] * label.numel() <= ROWS_SCORES:
+        logits = logits if logits.shape[-2:] == label.shape[-2:] else resize(logits, label.shape[-2:])
+        return F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
+
+    def of_rows(scores: Tensor, ids: Tensor) -> Tensor:
+        loss = F.cross_entropy(scores.flatten(0, 2), ids.flatten(), ignore_index=ignore_index, reduction="none")
+        return loss.view_as(ids)
+
+    return by_rows(of_rows, logits, label.shape[-2:], label)
 
 
 @register("seg")

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.cam import box_mask
+from wsss.cam import box_mask, by_rows
 from wsss.lattice import PermutohedralLattice
 from wsss.losses.registry import register
+
+CLASSES = 64
+"""How many classes are filtered at once: of more the rows of the lattice no longer fit the cache."""
 
 
 @register("dense_energy")
@@ -66,16 +69,9 @@ class DenseEnergyLoss(nn.Module):
             image_box: (B, 4) rows [b0, b1) and columns [b2, b3) that the image fills; None: all of it.
         """
         size = image.shape[-2:]
-        logits = seg_logits.float()
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        probs = F.interpolate(
-            logits.softmax(1),
-            scale_factor=self.scale,
-            mode="bilinear",
-            align_corners=False,
-            recompute_scale_factor=True,
-        )
+        step = round(1 / self.scale)  # rows that one row of the energy is made of, if these are whole
+        step = step if step * self.scale == 1 and size[0] % step == 0 else size[0]
+        probs = by_rows(self._probabilities, seg_logits.float(), size, step=step)  # (B, h, w, K)
         inside = torch.ones_like(image[:, :1])
         if image_box is not None:
             inside = box_mask(image_box.to(image.device, non_blocking=True), size)[:, None].to(image.dtype)
@@ -83,23 +79,44 @@ class DenseEnergyLoss(nn.Module):
         small_image, small_inside, small_undecided = (
             F.interpolate(x.float(), scale_factor=self.scale, mode="nearest") for x in (image, inside, undecided)
         )
-        response = self._response(small_image, probs.detach(), small_inside, small_undecided)
+        masks = (mask.movedim(1, -1) for mask in (small_inside, small_undecided))
+        response = self._response(small_image, probs.detach(), *masks)
         # The gradient of a quadratic form is twice its matrix times the vector, but only `probs` is
         # differentiated here, not the response: the doubled term carries the gradient, the detached one
         # restores the value.
         energy = (probs * response).sum()
         return -self.strength / len(image) * (2 * energy - energy.detach())
 
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        """(B, r, W, K) scores -> probabilities at the energy's scale, the classes last."""
+        probs = scores.softmax(-1)
+        if self.scale == 0.5 and scores.shape[1] % 2 == scores.shape[2] % 2 == 0:
+            # the mean of 2 x 2, which bilinear is here; sums of views are several times faster than either
+            upper, lower = probs.unflatten(1, (-1, 2)).unbind(2)
+            left, right = (upper + lower).unflatten(2, (-1, 2)).unbind(3)
+            return (left + right) / 4
+        probs = F.interpolate(
+            probs.permute(0, 3, 1, 2),
+            scale_factor=self.scale,
+            mode="bilinear",
+            align_corners=False,
+            recompute_scale_factor=True,
+        )
+        return probs.permute(0, 2, 3, 1)
+
     @torch.no_grad()
     def _response(self, image: Tensor, probs: Tensor, inside: Tensor, undecided: Tensor) -> Tensor:
-        """R * G * K (R * P), (B, K, h, w), all inputs at the energy's scale."""
+        """R * G * K (R * P), (B, h, w, K), all inputs at the energy's scale: (B, 3, h, w), then (B, h, w, .)."""
         height, width = image.shape[-2:]
         y = torch.arange(height, device=image.device, dtype=image.dtype) / (self.sigma_xy * self.scale)
         x = torch.arange(width, device=image.device, dtype=image.dtype) / (self.sigma_xy * self.scale)
         position = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
         position = position.expand(len(image), -1, -1, -1)
         features = torch.cat([position, image / self.sigma_rgb], 1).flatten(2).mT  # (B, h*w, 5)
-        filtered = PermutohedralLattice(features)((probs * inside).flatten(2).mT).mT.reshape(probs.shape)
-        gate = (inside - probs.amax(1, keepdim=True)).clamp(min=0)
+        lattice = PermutohedralLattice(features)
+        filtered = torch.empty_like(probs)
+        for part, result in zip(probs.split(CLASSES, -1), filtered.split(CLASSES, -1), strict=True):
+            result.copy_(lattice((part * inside).flatten(1, 2)).view_as(part))
+        gate = (inside - probs.amax(-1, keepdim=True)).clamp(min=0)
         gate = torch.where(undecided > 0, 1.0, gate)
-        return inside * gate * filtered
+        return filtered.mul_(inside * gate)

@@ -20,21 +20,26 @@ def pixel_features(features: Tensor, region: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def image_prototypes(features: Tensor, region: Tensor, num_classes: int) -> Tensor:
+def image_prototypes(features: Tensor, region: Tensor, num_classes: int, classes: Tensor | None = None) -> Tensor:
     """What each image shows of each class: the direction of the mean of its `pixel_features` (RCM).
 
     Args:
         features: (B, D, h, w) of the support network.
         region: (B, H, W) class ids, e.g. of `cam_to_label`.
         num_classes: C, foreground classes only.
+        classes: (B, n) those that an image may have, 0 to C - 1, each once (`wsss.cam.present_classes`); None: all.
 
     Returns:
         (B, 1 + C, D), of length 1, or 0 where the image has no pixel of a class.
     """
     features = pixel_features(features, region)
-    classes = torch.arange(1 + num_classes, device=region.device)[:, None, None]
-    masks = (region[:, None] == classes).to(features.dtype)  # an id that is no class, such as 255, is in none
-    return F.normalize(torch.einsum("bdhw,bkhw->bkd", features, masks), dim=-1)
+    if classes is None:
+        classes = torch.arange(num_classes, device=region.device).expand(len(region), -1)
+    ids = F.pad(classes + 1, (1, 0))
+    masks = (region[:, None] == ids[:, :, None, None]).to(features.dtype)  # 255 or any other that is no class: in none
+    prototypes = F.normalize(torch.einsum("bdhw,bkhw->bkd", features, masks), dim=-1)
+    result = prototypes.new_zeros(len(region), 1 + num_classes, prototypes.shape[-1])
+    return result.scatter_(1, ids[..., None].expand_as(prototypes), prototypes)
 
 
 @torch.no_grad()
@@ -166,14 +171,16 @@ class MultiscaleAttentiveLoss(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, main: Tensor, support: Tensor) -> Tensor:
+    def forward(self, main: Tensor, support: Tensor, num_classes: int | None = None) -> Tensor:
         """
         Args:
             main: (M, B, C, H, W), CAMs of the main network at M scales, all resized to H x W, at least 0, absent
                 classes 0, not normalised.
             support: (S, B, C, H, W), the same of the support network.
+            num_classes: of how many classes, where those that no image shows, whose maps are 0, are left out.
         """
-        return (self.target(main, support) - main).abs().sum() / max(1, main[0].numel())
+        entries = main[0, :, 0].numel() * (num_classes or main.shape[2])
+        return (self.target(main, support) - main).abs().sum() / max(1, entries)
 
     @torch.no_grad()
     def target(self, main: Tensor, support: Tensor) -> Tensor:

@@ -42,12 +42,14 @@ class EquivarianceLoss(nn.Module):
         tensor(1.)
     """
 
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, num_classes: int | None = None) -> Tensor:
         """
         Args:
             first, second: (B, 1 + C, h, w), the CAMs of the two views after `view_cam`; both get the gradient.
+            num_classes: of how many classes, where those that no image shows, whose maps are 0, are left out.
         """
-        return (first[:, 1:] - second[:, 1:]).abs().mean()
+        share = 1.0 if num_classes is None else (first.shape[1] - 1) / num_classes
+        return share * (first[:, 1:] - second[:, 1:]).abs().mean()
 
 
 @register("ecr")
@@ -73,17 +75,20 @@ class EquivariantCrossLoss(nn.Module):
             raise InputError(f"losses.ecr.fraction is {fraction}: expected more than 0, up to 1")
         self.fraction = fraction
 
-    def forward(self, revised: Tensor, cam: Tensor) -> Tensor:
+    def forward(self, revised: Tensor, cam: Tensor, num_classes: int | None = None) -> Tensor:
         """
         Args:
             revised: (B, 1 + C, h, w), the revised CAM of a view after `view_cam`.
             cam: (B, 1 + C, h, w), the CAM of the other view after `view_cam`; no gradient.
+            num_classes: of how many classes, where those that no image shows, whose maps are 0, are left out.
         """
         foreground = cam.detach()[:, 1:]
         target = max_onehot(torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1))
         difference = (target - revised).abs().flatten(1)
-        hardest = max(1, int(difference.shape[1] * self.fraction))
-        return difference.topk(hardest, dim=1, sorted=False).values.mean()
+        channels = cam.shape[1] if num_classes is None else 1 + num_classes
+        hardest = max(1, int(cam[0, 0].numel() * channels * self.fraction))
+        largest = difference.topk(min(hardest, difference.shape[1]), dim=1, sorted=False).values
+        return largest.sum(dim=1).mean() / hardest  # the differences of what was left out are 0
 
 
 @register("rvmin")

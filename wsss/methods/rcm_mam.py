@@ -15,10 +15,11 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import by_max, resize
+from wsss.cam import by_max, of_classes, present_classes, resize
 from wsss.losses.rcm_mam import PrototypeMemory, image_prototypes, leave_one_out_prototypes, mean_prototypes
 from wsss.methods.base import WSSSModule
 from wsss.networks.cnn import CNN
+from wsss.networks.resnet38 import ResNet38
 from wsss.networks.weights import start_classifier
 from wsss.optim import sgd_poly, update_average
 from wsss.refine.thresholds import cam_to_label
@@ -43,9 +44,9 @@ class TwoLayerNet(nn.Module):
         for layer in (self.fc8, self.fc9):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> features (B, D, h, w), at least 0, and raw CAMs (B, C, h, w)."""
-        features = F.relu(self.fc8(self.backbone(image)))
+    def forward(self, image: Tensor, begun: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W), and what `backbone.begin` makes of it -> features (B, D, h, w), at least 0, and raw CAMs."""
+        features = F.relu(self.fc8(self.backbone(image, begun)))
         return features, self.fc9(features)
 
 
@@ -145,6 +146,21 @@ class RCMMAM(WSSSModule):
         self.support = deepcopy(self.main).requires_grad_(False).eval()
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
+        self.compare_beginnings()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; the networks may no longer begin alike."""
+        result = super().load_state_dict(*args, **kwargs)
+        self.compare_beginnings()
+        return result
+
+    def compare_beginnings(self) -> None:
+        """Whether the stages that do not learn are the same in both networks, so that one may run for both."""
+        bodies: list[Any] = [network.backbone.body for network in (self.main, self.support)]
+        self.one_beginning = isinstance(bodies[0], ResNet38)
+        if self.one_beginning:
+            ours, theirs = (body.beginning().state_dict().values() for body in bodies)
+            self.one_beginning = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def start_from(self, path: str) -> None:
         """Both networks' weights, and how their images are normalised, from a checkpoint.
@@ -170,29 +186,48 @@ class RCMMAM(WSSSModule):
         starts = {"rcm": self.hparams.rcm_start, "mam": self.hparams.mam_start}
         return {key: starts.get(key, 0) for key in self.losses}
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # read while the labels are on the host, so that the step knows its number of maps without a sync
+        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label = batch["image"], batch["label"]
         weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.loss_starts[key]}
         terms: dict[str, Tensor] = {}
         size = image.shape[-2:]
-        features, cam = self.main(image)
+        scales = {1.0, *self.hparams.support_scales} if {"rcm", "mam"} & weights.keys() else {1.0}
+        views = {scale: rescale_view(image, scale) for scale in scales}
+        begun = {scale: self.main.backbone.begin(view) for scale, view in views.items() if self.one_beginning}
+        features, cam = self.main(image, begun.get(1.0))
         if "cls" in weights:
             terms["cls"] = self.losses["cls"](cam.mean(dim=(-2, -1)), label)
         if "rcm" in weights or "mam" in weights:
             with torch.no_grad():
-                outputs = {scale: self.support(rescale_view(image, scale)) for scale in self.hparams.support_scales}
-                support = {scale: self.visible(raw, label, size) for scale, (_, raw) in outputs.items()}
-                fused = torch.stack(list(support.values()))  # (S, B, C, H, W)
+                outputs = {scale: self.support(views[scale], begun.get(scale)) for scale in self.hparams.support_scales}
+                # maps at image size of the classes that are there
+                shown, classes = present_classes(label, batch.get("max_labels", self.num_classes))  # (B, K)
+                raws = {scale: of_classes(raw, classes, self.num_classes) for scale, (_, raw) in outputs.items()}
+                support = {scale: self.visible(raw, shown, size) for scale, raw in raws.items()}
+                fused = torch.stack(list(support.values()))  # (S, B, K, H, W)
         if "rcm" in weights:
-            region = self.region(fused.sum(0), label)
-            own = image_prototypes(outputs[1.0][0], self.region(support[1.0], label), self.num_classes)
+            region = self.region(fused.sum(0), shown, classes)
+            seen = self.region(support[1.0], shown, classes)
+            own = image_prototypes(outputs[1.0][0], seen, self.num_classes, classes)
             terms["rcm"] = self.losses["rcm"](features, region, self.prototype_rules[self.hparams.prototypes](own))
         if "mam" in weights:
             part = max(1, int(len(image) * self.hparams.mam_fraction))
-            some, theirs = image[:part], label[:part]
-            raw = [cam[:part] if s == 1.0 else self.main(rescale_view(some, s))[1] for s in self.hparams.main_scales]
-            main = torch.stack([self.visible(maps, theirs, size) for maps in raw])
-            terms["mam"] = self.losses["mam"](main, fused[:, :part])
+
+            def raw_cam(scale: float) -> Tensor:
+                if scale == 1.0:
+                    return cam[:part]
+                view, known = views.get(scale), begun.get(scale)
+                view = rescale_view(image[:part], scale) if view is None else view[:part]
+                return self.main(view, None if known is None else known[:part])[1]
+
+            raw = [raw_cam(scale) for scale in self.hparams.main_scales]
+            raw = [of_classes(maps, classes[:part], self.num_classes) for maps in raw]
+            main = torch.stack([self.visible(maps, shown[:part], size) for maps in raw])
+            terms["mam"] = self.losses["mam"](main, fused[:, :part], self.num_classes)
         return self.combine(terms, weights)
 
     @staticmethod
@@ -200,9 +235,10 @@ class RCMMAM(WSSSModule):
         """Raw CAMs (B, C, h, w) -> (B, C, *size): resized, where positive, absent classes 0."""
         return F.relu(resize(cam, size)) * label[:, :, None, None]
 
-    def region(self, cam: Tensor, label: Tensor) -> Tensor:
-        """(B, H, W) ids of the strongest class where its normalised CAM exceeds the threshold, else background."""
-        return cam_to_label(by_max(cam), label, self.hparams.region_threshold if self.has_background else -1.0)
+    def region(self, cam: Tensor, label: Tensor, classes: Tensor) -> Tensor:
+        """(B, H, W) ids of the strongest of `classes` where its normalised CAM exceeds the threshold, else 0."""
+        threshold = self.hparams.region_threshold if self.has_background else -1.0
+        return cam_to_label(by_max(cam), label, threshold, classes=classes)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -9,7 +9,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from wsss import InputError
-from wsss.cam import inference_norm
+from wsss.cam import inference_norm, of_classes, present_classes
 from wsss.losses.seam import view_cam
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.resnet38 import ResNet38, SEAMHead, compare_released, with_counters
@@ -77,24 +77,37 @@ class SEAM(WSSSModule):
         self.backbone = ResNet38.build(weights, backbone_args)
         self.head = SEAMHead(self.backbone.channels, num_classes, projection, dropout)
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # read while the labels are on the host, so that the step knows its number of maps without a sync
+        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
         views = [batch["image"], self.second_view(batch["image"])]
         outputs = [self.head(view, self.backbone(view)) for view in views]
-        cams = [up_sample(output.cam, view) for output, view in zip(outputs, views, strict=True)]
-        revised = [up_sample(output.revised_cam, view) for output, view in zip(outputs, views, strict=True)]
+        # maps at image size of the background and the classes that are there, (B, 1 + K, H, W)
+        shown, classes = present_classes(label, batch.get("max_labels", self.num_classes))
+        classes = F.pad(classes + 1, (1, 0))
+
+        def up_sampled(maps: Tensor, view: Tensor) -> Tensor:
+            return up_sample(of_classes(maps, classes, 1 + self.num_classes), view)
+
+        cams = [up_sampled(output.cam, view) for output, view in zip(outputs, views, strict=True)]
+        revised = [up_sampled(output.revised_cam, view) for output, view in zip(outputs, views, strict=True)]
         terms: dict[str, Tensor] = {}
         if "cls" in self.losses:
-            terms["cls"] = torch.stack([self.losses["cls"](self.classify(cam), label) for cam in cams]).mean()
+            logits = [self.classify(output.cam, view) for output, view in zip(outputs, views, strict=True)]
+            terms["cls"] = torch.stack([self.losses["cls"](scores, label) for scores in logits]).mean()
         if "rvmin" in self.losses:
-            terms["rvmin"] = torch.stack([self.losses["rvmin"](cam, label) for cam in revised]).mean()
+            terms["rvmin"] = torch.stack([self.losses["rvmin"](cam, shown) for cam in revised]).mean()
         # what is compared has the size of the second view
-        compared = [view_cam(cam, label, views[1].shape[-2:]) for cam in cams]
+        compared = [view_cam(cam, shown, views[1].shape[-2:]) for cam in cams]
         if "er" in self.losses:
-            terms["er"] = self.losses["er"](*compared)
+            terms["er"] = self.losses["er"](*compared, self.num_classes)
         if "ecr" in self.losses:
-            first, second = (view_cam(cam, label, views[1].shape[-2:]) for cam in revised)
-            terms["ecr"] = self.losses["ecr"](first, compared[1]) + self.losses["ecr"](second, compared[0])
+            first, second = (view_cam(cam, shown, views[1].shape[-2:]) for cam in revised)
+            ecr = self.losses["ecr"]
+            terms["ecr"] = ecr(first, compared[1], self.num_classes) + ecr(second, compared[0], self.num_classes)
         if "ppc" in self.losses:
             projections = (outputs[0].projection, outputs[1].projection)
             terms["ppc"] = self.losses["ppc"](projections, (outputs[0].revised_cam, outputs[1].revised_cam), label)
@@ -106,14 +119,21 @@ class SEAM(WSSSModule):
         return F.interpolate(image, size=tuple(size), mode="bilinear", align_corners=True)
 
     @staticmethod
-    def classify(cam: Tensor) -> Tensor:
-        """Logits (B, C) of a CAM (B, 1 + C, H, W) at image size, whose background takes no part."""
-        return cam[:, 1:].mean(dim=(-2, -1))
+    def classify(cam: Tensor, image: Tensor) -> Tensor:
+        """Logits (B, C) of a CAM (B, 1 + C, h, w): its mean at the image's size; the background takes no part."""
+        # the mean of what is interpolated is a weighted sum of what there is: the maps need not be enlarged
+        rows, columns = (
+            F.interpolate(torch.eye(short, device=cam.device)[None], size=long, mode="linear", align_corners=True)[
+                0
+            ].mean(1)
+            for short, long in zip(cam.shape[-2:], image.shape[-2:], strict=True)
+        )
+        return (cam[:, 1:] * (rows[:, None] * columns)).sum(dim=(-2, -1))
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam (B, C, H, W), the revised one; seg None."""
         output = self.head(image, self.backbone(image))
-        logits = self.classify(up_sample(output.cam, image))
+        logits = self.classify(output.cam, image)
         return {"logits": logits, "cam": up_sample(output.revised_cam[:, 1:], image), "seg": None}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from wsss import InputError
-from wsss.cam import box_mask, resize
+from wsss.cam import box_mask, multiscale_cam, of_classes, present_classes, resize
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.decoders import LargeFOV, Projector
 from wsss.networks.vit import ViTEncoder
@@ -210,13 +210,19 @@ class ToCo(WSSSModule):
             terms["aux_cls"] = self.losses["aux_cls"](self.classify(self.aux_classifier, aux_patches), label)
 
         if not weights.keys() <= {"cls", "aux_cls"}:
-            first = torch.cat([self.classifier(patches), self.aux_classifier(aux_patches)], dim=1).detach()
-            cam, aux_cam = self.multiscale(image, first).chunk(2, dim=1)
+            # maps at image size of the classes that are there: of a thousand they would cost more than the network
+            shown, classes = present_classes(label, batch.get("max_labels", self.num_classes))  # (B, K)
+            with torch.no_grad():
+                first = torch.cat([self.classifier(patches), self.aux_classifier(aux_patches)], dim=1)
+            first = of_classes(first, classes, self.num_classes)
+            how = (self.cam_scales, first, self.rescale, self.fuse, self.normalise)
+            maps = multiscale_cam(lambda v: of_classes(self.raw_cam(v), classes, self.num_classes), image, *how)
+            cam, aux_cam = maps.chunk(2, dim=1)  # (B, K, H, W)
         if "ptc" in weights:
-            token_label = self.token_label(aux_cam, label, box)
+            token_label = self.token_label(aux_cam, shown, box, classes)
             terms["ptc"] = self.losses["ptc"](patches.flatten(2).transpose(1, 2), token_label)
         if "ctc" in weights:
-            crops, positive = self.cut_local_crops(batch["local_source"], aux_cam, label)
+            crops, positive = self.cut_local_crops(batch["local_source"], aux_cam, shown)
             if self._trainer is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
                 self.update_teacher()  # once a step, however many batches the step takes
             student = torch.cat([tokens.class_token, self.encoder(crops.flatten(0, 1)).class_token])
@@ -225,21 +231,23 @@ class ToCo(WSSSModule):
             terms["ctc"] = self.losses["ctc"](student, teacher, positive)
         if "seg" in weights or "dense_energy" in weights:
             source = aux_cam if phase.get("pseudo_label_from") == "aux_cam" else cam
-            pseudo = self.pseudo_label(image, source, label, box, batch.get("max_labels"))
-            seg = resize(self.decoder(patches), image.shape[-2:])
+            pseudo = self.pseudo_label(image, source, shown, box, shown.shape[1], classes)
+            seg = self.decoder(patches)  # the losses bring it to the image's size
         if "seg" in weights:
             terms["seg"] = self.losses["seg"](seg, pseudo)
         if "dense_energy" in weights:
             terms["dense_energy"] = self.losses["dense_energy"](self.colours(image), seg, pseudo, box)
         return self.combine(terms, weights)
 
-    def token_label(self, aux_cam: Tensor, label: Tensor, box: Tensor) -> Tensor:
+    def token_label(self, aux_cam: Tensor, label: Tensor, box: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, h, w) ids of the patches, 255 where the auxiliary CAM is undecided or outside the box."""
         size = [side // self.encoder.patch_size for side in aux_cam.shape[-2:]]
         stride = 1 if self.hparams.released_behaviour else self.encoder.patch_size
         thresholds = (self.hparams.low_threshold, self.hparams.high_threshold)
         valid = box_mask(box, size, stride)
-        return self.decided(cam_to_label(resize(aux_cam, size), label, self.background_threshold, thresholds, valid))
+        cam = resize(aux_cam, size)
+        ids = cam_to_label(cam, label, self.background_threshold, thresholds, valid, classes=classes)
+        return self.decided(ids)
 
     def decided(self, pseudo: Tensor) -> Tensor:
         """Ids of a pseudo label; where there is no background, what looks like it is undecided (255)."""
@@ -269,8 +277,18 @@ class ToCo(WSSSModule):
         label: Tensor,
         box: Tensor | None = None,
         max_labels: int | None = None,
+        classes: Tensor | None = None,
     ) -> Tensor:
-        """(B, H, W) ids from the CAM refined by PAR; 255 where undecided or outside the box."""
+        """(B, H, W) ids from the CAM refined by PAR; 255 where undecided or outside the box.
+
+        Args:
+            image: (B, 3, H, W) normalised.
+            cam: (B, C, H, W) in [0, 1], or of n classes of each image.
+            label: (B, C) or (B, n) 0 or 1.
+            box: (B, 4), None for the whole image.
+            max_labels: at least the largest number of labels of an image.
+            classes: (B, n) the numbers of the classes.
+        """
         if box is None:
             box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(len(image), -1)
         colours = self.colours(image)
@@ -282,8 +300,9 @@ class ToCo(WSSSModule):
             label,
             (self.hparams.low_threshold, self.hparams.high_threshold),
             box_mask(box, image.shape[-2:]),
-            max_labels or self.num_classes,
+            max_labels or label.shape[1],
             self.hparams.par_scale,
+            classes=classes,
         )
         return self.decided(pseudo)
 

@@ -82,9 +82,13 @@ class CNN(nn.Module):
             norm.eval()
         return self
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image: (B, 3, H, W) normalised."""
-        features = self.body(image)
+    def begin(self, image: Tensor) -> Tensor | None:
+        """What the leading stages that do not learn make of images; None of a network that has none."""
+        return self.body.begin(image) if isinstance(self.body, ResNet38) else None
+
+    def forward(self, image: Tensor, begun: Tensor | None = None) -> Tensor:
+        """image: (B, 3, H, W) normalised; `begun` is `begin(image)` where it is known already."""
+        features = self.body(image) if begun is None else self.body(image, begun)
         result: Tensor = features.conv6 if isinstance(features, Taps) else features
         return result
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.cam import resize
+from wsss.cam import of_classes, present_classes, resize
 
 OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
@@ -99,6 +99,7 @@ def refine_cam(
     max_labels: int,
     scale: float = 0.5,
     ignore_index: int = 255,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """Pseudo label from a CAM refined twice, with a high and a low constant background score (ToCo, AFA).
 
@@ -115,22 +116,22 @@ def refine_cam(
         valid: (B, H, W) bool; the rest is ignored.
         max_labels: at least the largest number of labels of an image; PAR runs on so many maps only.
         scale: PAR's resolution relative to the image's.
+        classes: (B, C) which class a map is of, where they are not all there are (see `present_classes`).
 
     Returns:
         (B, H, W) long.
     """
     size = image.shape[-2:]
     small = [max(1, int(side * scale)) for side in size]
-    # the present classes of each image in order, padded to max_labels
-    present, index = label.sort(dim=1, descending=True, stable=True)
-    present, index = present[:, :max_labels] > 0, index[:, :max_labels]
+    present, index = present_classes(label, max_labels)
     rows = torch.arange(len(label), device=label.device)[:, None]
-    cam = resize((cam * label[:, :, None, None])[rows, index], small)  # (B, K, h, w)
-    cam = cam.masked_fill(~present[:, :, None, None], -math.inf)
+    cam = resize(of_classes(cam, index, label.shape[1]), small)  # (B, K, h, w)
+    cam = cam.masked_fill(present[:, :, None, None] == 0, -math.inf)
     backgrounds = [
         resize(t[:, None], small) if isinstance(t, Tensor) else torch.full_like(cam[:, :1], t) for t in thresholds
     ]
     scores = torch.cat([torch.cat([background, cam], dim=1).softmax(dim=1) for background in backgrounds], dim=1)
+    index = index if classes is None else classes.gather(1, index)
     ids = torch.cat([torch.zeros_like(index[:, :1]), index + 1], dim=1)  # (B, 1 + K) class id of each channel
     scores = par(resize(image, small), scores) if par is not None else scores
     parts = resize(scores, size).chunk(len(backgrounds), dim=1)

@@ -19,6 +19,7 @@ def cam_to_label(
     thresholds: tuple[float, float] | None = None,
     valid: Tensor | None = None,
     ignore_index: int = 255,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """The class with the largest CAM among an image's labels, background where that is not above a threshold.
 
@@ -30,11 +31,14 @@ def cam_to_label(
         thresholds: (low, high): then values up to `low` are background and those up to `high` are ignored,
             so that `background_threshold` has no effect.
         valid: (B, H, W) bool; everything else is ignored.
+        classes: (B, C) which class a map is of, where they are not all there are (see `present_classes`).
 
     Returns:
         (B, H, W) long.
     """
     value, index = cam.masked_fill(label[:, :, None, None] == 0, -torch.inf).max(dim=1)
+    if classes is not None:
+        index = classes.gather(1, index.flatten(1)).view_as(index)
     result = torch.where(value <= background_threshold, 0, index + 1)
     if thresholds is not None:
         low, high = thresholds
