@@ -146,25 +146,21 @@ class MCTformer(WSSSModule):
             assert self.head is not None  # or patch_cls would have been refused
             terms["patch_cls"] = self.losses["patch_cls"](self.pool(self.head(tokens.patches)), label)
         if "cct" in self.losses:
-            terms["cct"] = self.losses["cct"](tokens.class_tokens, label)
+            terms["cct"] = self.losses["cct"](torch.stack(tokens.class_tokens), label)
         return self.combine(terms, self.loss_weights)
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam and attention (B, C, h, w), the class attention alone; seg None."""
-        tokens = self.encoder(image, attention=True)
-        assert tokens.attention is not None
-        classes, size = self.num_classes, tokens.patches.shape[-2:]
+        tokens = self.encoder(image, self.hparams.attention_layers, affinity=self.hparams.refine)
         logits = tokens.class_tokens[-1].mean(-1)
-        attention = tokens.attention[-self.hparams.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
-        cam = attention
+        cam = attention = tokens.attention
         if self.head is not None:
             patch_cam = self.head(tokens.patches)
             cam = self.locate(attention, patch_cam.relu())
             if self.hparams.classify_by == "both":
                 logits = (logits + self.pool(patch_cam)) / 2
-        if self.hparams.refine:
-            affinity = tokens.attention[:, :, classes:, classes:].sum(0)  # what each row's patch takes from the others
-            cam = (cam.flatten(2) @ affinity.mT).unflatten(2, size)
+        if tokens.affinity is not None:  # what each row's patch takes from the others
+            cam = (cam.flatten(2) @ tokens.affinity.mT).unflatten(2, cam.shape[-2:])
         return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

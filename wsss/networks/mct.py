@@ -1,11 +1,12 @@
 """The multi-class token transformer of MCTformer: one class token per class, attention maps on request."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from wsss import InputError
@@ -104,9 +105,10 @@ def _bicubic(length: int, side: int, scale: Tensor) -> Tensor:
 class MCTTokens(NamedTuple):
     """Outputs for a batch of images, h x w being the grid of patches; nothing passes the final norm."""
 
-    class_tokens: Tensor  # (L, B, C, D) after every block
+    class_tokens: list[Tensor]  # L of (B, C, D), after every block
     patches: Tensor  # (B, D, h, w) after the last block
-    attention: Tensor | None  # (L, B, C + h*w, C + h*w), mean over the heads
+    attention: Tensor | None  # (B, C, h, w) of class tokens to patches, mean over heads and the last blocks
+    affinity: Tensor | None  # (B, h*w, h*w) of patches (rows) to patches, mean over heads, sum over all blocks
 
 
 class MCTEncoder(nn.Module):
@@ -148,8 +150,8 @@ class MCTEncoder(nn.Module):
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
-        first: Any = vit.blocks[0]
-        self.num_heads: int = first.attn.num_heads
+        if odd := [type(b).__name__ for b in vit.blocks if type(b) is not Block or type(b.attn) is not Attention]:
+            raise InputError(f"backbone {backbone!r} has blocks of its own ({odd[0]}): choose one with plain ones")
         self.num_prefix_tokens = num_classes  # timm's word for those before the patches
         side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
         if side < 1:
@@ -182,20 +184,29 @@ class MCTEncoder(nn.Module):
         tokens = torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
         return tokens + self.position(size, (height, width)), size
 
-    def forward(self, image: Tensor, attention: bool = False) -> MCTTokens:
-        """image: (B, 3, H, W) normalised; `attention` maps cost time and memory."""
+    def forward(self, image: Tensor, attention_layers: int = 0, affinity: bool = False) -> MCTTokens:
+        """image: (B, 3, H, W) normalised; the attention of so many last blocks and the affinity are given if asked for.
+
+        They cost time, the affinity also memory: three maps of all tokens to all, whatever the number of blocks.
+        """
         tokens, size = self.embed(image)
-        classes = self.cls_token.shape[1]
-        class_tokens, maps = [], []
-        for block in self.blocks:
-            if attention:
-                tokens, heads = attend(block, tokens)
-                maps.append(sum(heads, tokens.new_zeros(())) / self.num_heads)
-            else:
+        classes, patches = self.cls_token.shape[1], size[0] * size[1]
+        class_tokens: list[Tensor] = []
+        attention = tokens.new_zeros(len(tokens), classes, patches)
+        related = tokens.new_zeros(len(tokens), patches, patches) if affinity else None
+        for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
+            last = left <= attention_layers
+            if related is None and not last:
                 tokens = block(tokens)
+            else:
+                tokens, weights = attend(block, tokens, classes if related is None else None)
+                if last:
+                    attention += weights[:, :classes, classes:] / attention_layers
+                if related is not None:
+                    related += weights[:, classes:, classes:]
             class_tokens.append(tokens[:, :classes])
-        patches = tokens[:, classes:].mT.unflatten(2, size)
-        return MCTTokens(torch.stack(class_tokens), patches, torch.stack(maps) if attention else None)
+        grid = tokens[:, classes:].mT.unflatten(2, size)
+        return MCTTokens(class_tokens, grid, attention.unflatten(2, size) if attention_layers else None, related)
 
 
 def _trained_size(path: str) -> int:
@@ -215,22 +226,31 @@ def _trained_size(path: str) -> int:
     return math.isqrt(table.shape[1] - 1) * filters.shape[-1]
 
 
-def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-    """What a timm block does to tokens (B, N, D), and the attention (B, N, N) of each head after the softmax.
+def attend(block: nn.Module, tokens: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """What a timm block does to tokens (B, N, D), and the attention (B, rows, N), mean over its heads.
 
-    The maps are made when they are asked for: those of all heads at once are the most memory that anything takes.
+    `rows` is the number of first tokens whose attention is given; None: that of all. One head is held at a time, since
+    those of all heads at once are the most memory that anything takes.
     """
-    layer: Any = block.attn
-    seen: list[Tensor] = []
-    norms = (layer.q_norm, layer.k_norm)
-    hooks = [norm.register_forward_hook(lambda _, inputs, output: seen.append(output)) for norm in norms]
-    try:
-        tokens = block(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    queries, keys = (maps.unbind(1) for maps in seen)
-    return tokens, (((q * layer.scale) @ k.mT).softmax(-1) for q, k in zip(queries, keys, strict=True))
+    part: Any = block
+    layer = part.attn
+    queries, keys, values = layer.qkv(part.norm1(tokens)).unflatten(2, (3, layer.num_heads, -1)).permute(2, 3, 0, 1, 4)
+    queries, keys = layer.q_norm(queries), layer.k_norm(keys)  # (heads, B, N, D / heads)
+    drop = layer.attn_drop
+    mean = tokens.new_zeros(*tokens.shape[:1], rows or tokens.shape[1], tokens.shape[1])
+    heads = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        weights = ((q[:, :rows] * layer.scale) @ k.mT).softmax(-1)
+        mean.add_(weights, alpha=1 / layer.num_heads)
+        if rows is None:
+            heads.append(drop(weights) @ v)
+    if rows is None:
+        mixed = torch.stack(heads, 2)  # (B, N, heads, D / heads)
+    else:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop.p if drop.training else 0.0)
+        mixed = mixed.permute(1, 2, 0, 3)
+    tokens = tokens + part.drop_path1(part.ls1(layer.proj_drop(layer.proj(layer.norm(mixed.flatten(2))))))
+    return tokens + part.drop_path2(part.ls2(part.mlp(part.norm2(tokens)))), mean
 
 
 def global_average_pool(maps: Tensor) -> Tensor:
