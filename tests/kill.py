@@ -100,13 +100,16 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b or (a != a and b != b))  # NaN is NaN
 
 
+COST = ("seconds", "peak_memory_mb", "images_per_second", "waiting_for_data")
+
+
 def compare(undisturbed: Path, killed: Path) -> tuple[int, list[str]]:
     """How many values two runs have in common, and which differ."""
     values: list[dict[str, Any]] = []
     for run in (undisturbed, killed):
         found: dict[str, Any] = {"log": (run / "log/metrics.csv").read_text()}
         figures = json.loads((run / "metrics.json").read_text())
-        found["metrics"] = {k: v for k, v in figures.items() if k not in ("seconds", "peak_memory_mb")}
+        found["metrics"] = {k: v for k, v in figures.items() if k not in COST}
         for path in sorted((run / "checkpoints").iterdir()):
             checkpoint = torch.load(path, weights_only=True)
             # the evaluation's counters of batches: one that follows a kill at the last step is made by another loop

@@ -56,6 +56,8 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str, comman
 def test_run_directory(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"val/map", "val/miou", "val/cam_miou", "val/aux_cam_miou", "seconds", "peak_memory_mb"} <= metrics.keys()
+    assert metrics["images_per_second"] > 0
+    assert 0 <= metrics["waiting_for_data"] < 1
     assert "last checkpoint, single scale" in metrics["protocol/val/miou"]
     tags = json.loads((trained / "tags.json").read_text())
     assert {f"protocol/{key}" for key in tags} == {key for key in metrics if key.startswith("protocol/")}

@@ -24,9 +24,8 @@ from wsss.data.base import Images, ImageSubset, as_images, digest, inspect_items
 from wsss.data.datamodule import DataModule
 from wsss.data.doubts import few, masks_misfit, sample, shared, unseen
 from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
-from wsss.data.pixels import Normalise
+from wsss.data.pixels import Normalise, Transform
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
-from wsss.data.transforms import Transform
 from wsss.evaluation.protocol import EXTRAS, Protocol
 from wsss.refine.crf import dense_crf
 from wsss.report.tables import progress

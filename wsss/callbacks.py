@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,44 @@ class RunLog(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):
                 logger.keep(log["rows"])
+
+
+class Pace(pl.Callback):
+    """Images a second of a training, of all devices, and the share of its time in which it waits for the loader.
+
+    The first step and what follows an evaluation are left out: they set up kernels and workers. On a GPU, which works
+    on while the host waits, a share above 0 need not cost anything.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.waited = self.worked = 0.0
+        self.since: float | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        now = time.perf_counter()
+        self.counted = self.since is not None
+        if self.since is not None:
+            self.waited += now - self.since
+        self.since = now
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        if self.counted and self.since is not None:
+            self.worked += now - self.since
+            self.images += len(batch["id"]) * trainer.world_size
+        self.since = now
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.since = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Empty where there was no more than a step."""
+        total = self.waited + self.worked
+        return {"images_per_second": self.images / total, "waiting_for_data": self.waited / total} if total else {}
 
 
 class PerImageCounts(pl.Callback):

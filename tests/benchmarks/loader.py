@@ -1,6 +1,6 @@
 """How fast one worker makes training items, against a plain PIL and torchvision pipeline of the same steps.
 
-    python tests/benchmarks/loader.py --data DIR [--list NAME] [--recipes toco_voc ...] [--repeats 5] [--images 40]
+    python -m tests.benchmarks.loader --data DIR [--list NAME] [--recipes toco_voc ...] [--repeats 5] [--images 40]
 
 DIR is a folder in VOC's layout and NAME one of its lists. An item of ours is what the training loader gives: photograph
 read, transform of the recipe, normalised tensors. One process and one thread run ours and theirs in turn, a few images

@@ -1,6 +1,6 @@
 """What metrics cost: an image at 20 and at 1,000 classes, at one and at 1,000 thresholds, and their memory.
 
-    python tests/benchmarks/metrics.py
+    python -m tests.benchmarks.metrics
 
 Maps of 500 x 375 pixels, of which three classes are shown; the time of an update is the least of many.
 """

@@ -107,12 +107,18 @@ def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
 def test_maps_and_refinement() -> None:
     method = build().eval()
     image = torch.randn(1, 3, 32, 40)
-    tokens = method.encoder(image, attention=True)
+    tokens = method.encoder(image, 2, affinity=True)
     assert tokens.attention is not None
+    assert tokens.affinity is not None
     assert method.head is not None
-    attention = tokens.attention[-2:, :, :3, 3:].mean(0)
+    state, maps = method.encoder.embed(image)[0], []
+    for block in method.encoder.blocks:
+        maps.append(attend(block, state)[1])
+        state = block(state)
+    torch.testing.assert_close(tokens.attention.flatten(2), (maps[1] + maps[2])[:, :3, 3:] / 2)
+    torch.testing.assert_close(tokens.affinity, sum(maps)[:, 3:, 3:])
+    attention, spread = tokens.attention.flatten(2), tokens.affinity[0]
     patch_cam = method.head(tokens.patches).relu().flatten(2)
-    spread = tokens.attention[:, 0, 3:, 3:].sum(0)
     expected = {
         "attention": attention,
         "patchcam": patch_cam,
@@ -128,22 +134,43 @@ def test_maps_and_refinement() -> None:
         torch.testing.assert_close(method(image)["cam"].flatten(2)[0], refined)
 
 
-def test_attention_is_fused_even_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [None, 4])
+def test_attention_of_a_block(rows: int | None) -> None:
+    """What a block gives, its gradient, and what it looks at are the same as timm's own."""
+    block = build(backbone_args=SMALL | {"qk_norm": True, "init_values": 0.1}).double().encoder.blocks[0]
+    tokens = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    seen: list[Any] = []
+    block.attn.fused_attn = False
+    block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    expected = block(tokens)
+    expected_map = seen[0].mean(1)[:, :rows]
+    block.attn.fused_attn = True
+    output, weights = attend(block, tokens, rows)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(weights, expected_map)
+    for ours, theirs in ((output, expected), (weights, expected_map)):
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x.square().sum(), tokens, retain_graph=True) for x in (ours, theirs))
+        )
+
+
+def test_attention_is_fused_where_no_patch_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    method = build()
-    method.training_step(batch(), 0)
-    assert len(calls) == 3
-    method(batch()["image"])
-    assert len(calls) == 6
-    _, _, heads = attend(method.encoder.blocks[0], torch.randn(2, 7, method.encoder.embed_dim))
-    assert len(calls) == 7
-    for head in heads:
-        assert head.shape == (2, 7, 7)
-        torch.testing.assert_close(head.sum(-1), torch.ones(2, 7))
+    for method, fused in ((build(), 0), (build(refine=False), 3)):
+        method.training_step(batch(), 0)
+        assert len(calls) == 3
+        method(batch()["image"])
+        assert len(calls) == 3 + fused
+        calls.clear()
+
+
+def test_blocks_of_another_kind_are_refused() -> None:
+    with pytest.raises(InputError, match="has blocks of its own"):
+        build(backbone="vit_small_patch16_18x2_224", backbone_args={"depth": 1})
 
 
 def test_class_tokens_start_from_those_of_the_backbone(tmp_path: Path) -> None:
@@ -242,10 +269,10 @@ def test_equal_weights_are_the_mean_attention() -> None:
     assert method.encoder.fusion is not None
     for layer in (0, 2):
         torch.nn.init.zeros_(method.encoder.fusion.gate[layer].weight)  # the sigmoid of 0
-    fused, maps = method.encoder(image, attention=True).attention, plain(image, attention=True).attention
-    assert fused is not None
-    assert maps is not None
-    torch.testing.assert_close(2 * fused[0], maps.mean(0))
+    depth = len(plain.blocks)
+    fused, mean = (encoder(image, depth, affinity=True) for encoder in (method.encoder, plain))
+    for of_fused, of_mean in ((fused.attention, mean.attention), (fused.affinity, mean.affinity / depth)):
+        torch.testing.assert_close(2 * of_fused, of_mean)
 
 
 def test_the_fusion_weighs_interleaved_channels() -> None:

@@ -125,6 +125,20 @@ def maps(method: MCTformer, image: Tensor, map_type: str, layers: int, refine: b
     return cam if plus or map_type == "patchcam" else cam * layers
 
 
+def attention_of_heads(block: Any, tokens: Tensor) -> Tensor:
+    """(B, heads, N, N) after the softmax, from what timm's block hands to its fused attention."""
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.nn.functional.scaled_dot_product_attention
+        fused = torch.nn.functional
+        patch.setattr(
+            fused, original.__name__, lambda q, k, v, **given: seen.extend((q, k)) or original(q, k, v, **given)
+        )
+        block(tokens)
+    queries, keys = seen
+    return (queries @ keys.mT * block.attn.scale).softmax(-1)
+
+
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
@@ -138,24 +152,29 @@ def test_forward(recordings: Any, match: Any, methods: Any, version: str, name: 
         pytest.skip(f"{version} was not recorded with {name}")
     image = images(arrays[f"in/{name}"])
     classes, encoder = method.num_classes, method.encoder
-    tokens, output = encoder(image, attention=True), method(image)
+    tokens, output = encoder(image, method.hparams.attention_layers, affinity=True), method(image)
     torch.testing.assert_close(encoder(image).class_tokens, tokens.class_tokens)  # fused attention
     embedded, size = encoder.embed(image)
     position = encoder.position(size, tuple(image.shape[-2:]))
     raw, state = [], embedded
     for block in encoder.blocks:
-        state, _, heads = attend(block, state)
-        raw.append(torch.stack(list(heads), dim=1))
+        raw.append(attention_of_heads(block, state))
+        state, mean = attend(block, state)
+        torch.testing.assert_close(mean, raw[-1].mean(1))
+    mean = torch.stack(raw).mean(2)
+    torch.testing.assert_close(tokens.affinity, mean[:, :, classes:, classes:].sum(0))
+    last = mean[-method.hparams.attention_layers :, :, :classes, classes:].mean(0)
+    torch.testing.assert_close(tokens.attention, last.unflatten(2, size))
     ours = {
         "cls_logits": tokens.class_tokens[-1].mean(-1),
         "patch_embed": (embedded - position)[:, classes:],
         "pos_embed_used": position,
         "pos_embed_pat_used": position[:, classes:],
         "cls_tokens_out": tokens.class_tokens[-1],
-        "all_cls_tokens": tokens.class_tokens,
+        "all_cls_tokens": torch.stack(tokens.class_tokens),
         "patch_tokens_out": tokens.patches.flatten(2).mT,
         "attn_raw": torch.stack(raw),
-        "patch_attn": tokens.attention[:, :, classes:, classes:],
+        "patch_attn": mean[:, :, classes:, classes:],
         "att_logits": output["logits"],
     }
     if method.head is not None:

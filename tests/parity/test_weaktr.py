@@ -17,7 +17,7 @@ from wsss.losses import build
 from wsss.losses.cross_entropy import ClippedCrossEntropyLoss
 from wsss.methods.mctformer import MCTformer
 from wsss.networks.decoders import MaskTransformer
-from wsss.networks.mct import attend
+from wsss.networks.mct import attend_apart
 
 FILE = "weaktr/weaktr_clipped_ce"
 WEIGHTS, FORWARD, TRAINING = (f"weaktr/weaktr_{name}" for name in ("weights", "forward", "training"))
@@ -97,19 +97,19 @@ def test_forward(recordings: Any, match: Any, method: MCTformer) -> None:
     arrays, encoder, classes = recordings(FORWARD), method.encoder, method.num_classes
     for name in dict.fromkeys(key.split("/")[0] for key in arrays):
         image = normalised(arrays[f"{name}/images_u8"])
-        tokens, output = encoder(image, attention=True), method(image)
+        tokens, output = encoder(image, 1, affinity=True), method(image)
         state, size = encoder.embed(image)
         position = encoder.position(size, tuple(image.shape[-2:]))
         outputs, raw = [], []
         for block in encoder.blocks:
-            state, added, heads = attend(block, state)
+            state, added, heads = attend_apart(block, state)
             outputs.append(added)
             raw.append(torch.stack(list(heads), dim=1))
         assert method.head is not None
-        assert tokens.attention is not None
+        assert tokens.affinity is not None
         patch_cam = method.head(tokens.patches)
         weights = encoder.fusion(torch.stack(outputs)).flatten(1)
-        pooled = [len(image), weights.shape[1], state.shape[1], state.shape[2] // encoder.num_heads]
+        pooled = [len(image), weights.shape[1], state.shape[1], state.shape[2] // encoder.blocks[0].attn.num_heads]
         torch.testing.assert_close(encoder(image).patches, tokens.patches)  # fused attention
         attention, coarse = output["attention"], patch_cam.relu()
         ours = {
@@ -118,7 +118,7 @@ def test_forward(recordings: Any, match: Any, method: MCTformer) -> None:
             "fine_logits": output["cam"].mean(dim=(-2, -1)),
             "aaf_weights": weights,
             "cams": attention * coarse,
-            "P": tokens.attention[0, :, classes:, classes:],
+            "P": tokens.affinity,
             "fine_cam": output["cam"],
             "coarse_cam": coarse,
             "X": attention,

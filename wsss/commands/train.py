@@ -18,7 +18,7 @@ from wsss.config import absolute_paths, build, plain_values
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from wsss.callbacks import RunLog
+    from wsss.callbacks import Pace, RunLog
     from wsss.data.datamodule import DataModule
     from wsss.methods.stage import Stage
 
@@ -39,7 +39,7 @@ def train(cfg: DictConfig) -> float | None:
         print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
         return figures.get(cfg.monitor)
     method, data, skipped = prepare(cfg)
-    trainer, log = build_run(cfg, out, data)
+    trainer, log, pace = build_run(cfg, out, data)
     last = readable_checkpoint(out)
     if trainer.is_global_zero:
         announce(cfg, out, method, data, skipped)
@@ -56,7 +56,8 @@ def train(cfg: DictConfig) -> float | None:
         if (out / "checkpoints" / "last.ckpt").exists():
             raise RunError(f"{message_of(error)} {KEPT.format(out=out)}") from error
         raise
-    figures = log.figures | {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
+    cost = {"seconds": time.perf_counter() - started, "steps": trainer.global_step}
+    figures = log.figures | cost | pace.figures
     if trainer.is_global_zero:
         report(out, method, data, figures | {"peak_memory_mb": peak_memory()})
     return figures.get(cfg.monitor)
@@ -128,14 +129,15 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     return method, data, skipped
 
 
-def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog"]:
-    """The trainer of a run directory, and the callback that knows the latest figures."""
+def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog", "Pace"]:
+    """The trainer of a run directory, and the callbacks that know the latest figures and how fast it is."""
     from wsss.assemble import build_trainer
     from wsss.callbacks import (
         BestCheckpoint,
         CSVLog,
         FiniteLoss,
         LastCheckpoint,
+        Pace,
         RunLog,
         StepProgress,
         StepSeed,
@@ -145,8 +147,8 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
 
     settings = plain_values(cfg.trainer, "trainer")
     interval = min(settings["val_check_interval"], settings["max_steps"])
-    log = RunLog(cfg.trainer.log_every_n_steps)
-    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
+    log, pace = RunLog(cfg.trainer.log_every_n_steps), Pace()
+    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log, pace]
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
@@ -173,7 +175,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     trainer.accumulate_grad_batches = accumulation(cfg, trainer.world_size)
     # Lightning's interval is of batches, ours of steps
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
-    return trainer, log
+    return trainer, log, pace
 
 
 def accumulation(cfg: DictConfig, devices: int) -> int:

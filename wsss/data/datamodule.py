@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from wsss import InputError
 from wsss.data.base import Images, PlainImages, as_images, digest
 from wsss.data.features import FeatureImages
-from wsss.data.pixels import Normalise
+from wsss.data.pixels import Normalise, Transform
 from wsss.data.pseudo import pixel_tensors, pixel_views
-from wsss.data.transforms import FlipCrop, Transform
 
 
 class EndlessSampler(Sampler[tuple[int, int]]):
@@ -43,7 +42,9 @@ class _TrainItems(Dataset[dict[str, Any]]):
     """Transformed training items by (position, index): what is drawn depends on seed and position alone."""
 
     def __init__(self, source: Images, module: "DataModule") -> None:
-        self.source, self.transform = source, module.transform
+        from wsss.data.transforms import FlipCrop  # what training alone needs is slow to import
+
+        self.source, self.transform = source, module.transform or FlipCrop()
         self.seed, self.normalise = module.seed, module.normalise
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class DataModule(pl.LightningDataModule):
         first = self.val if self.train is None else self.train
         if first is None:
             raise InputError("a DataModule needs a data set to train on or one to evaluate on")
-        self.transform = transform or FlipCrop()
+        self.transform = transform
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.seed = seed
         self.classes, self.has_background = first.classes, first.has_background

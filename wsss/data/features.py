@@ -15,8 +15,8 @@ from torch import Tensor
 
 from wsss import InputError
 from wsss.data.base import Images, digest, open_items
+from wsss.data.pixels import UNDECIDED, resize_all
 from wsss.data.pseudo import PIXELS, FromFolder
-from wsss.data.transforms import UNDECIDED, resize_all
 from wsss.writing import write_whole
 
 FINER = 4

@@ -4,7 +4,7 @@ The papers' code paints with PIL. OpenCV's own functions give other pictures: th
 filter. So numpy and OpenCV repeat PIL's arithmetic on whole numbers here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import permutations
 
@@ -15,6 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from wsss.cam import reduce
+
+Views = dict[str, np.ndarray]
+Transform = Callable[[Views, np.random.Generator], Views]
+UNDECIDED = np.uint8(255)
 
 
 def grey(image: np.ndarray) -> np.ndarray:
@@ -193,3 +197,16 @@ class Normalise:
                 np.subtract(out, mean, out=out)
                 np.divide(out, std, out=out)
         return torch.from_numpy(result)
+
+
+def resize_all(views: Views, size: tuple[int, int], resample: Image.Resampling) -> Views:
+    """To height and width `size`: photographs by a filter of PIL, ids by the nearest, scores bilinearly."""
+
+    def resize(view: np.ndarray) -> np.ndarray:
+        if view.ndim == 2:
+            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        if view.dtype != np.uint8:
+            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_LINEAR).reshape(*size, -1)
+        return np.asarray(Image.fromarray(view).resize(size[::-1], resample))
+
+    return {name: resize(view) for name, view in views.items()}

@@ -21,16 +21,14 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from wsss import InputError
 from wsss.data import pixels
+from wsss.data.pixels import UNDECIDED, Views, resize_all
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
 import albumentations as A
 from timm.data import create_transform
 
-Views = dict[str, np.ndarray]
-Transform = Callable[[Views, np.random.Generator], Views]
 BLACK = np.zeros(3, np.uint8)
-UNDECIDED = np.uint8(255)
 
 
 def scaled_size(image: np.ndarray, ratio: float) -> tuple[int, int]:
@@ -80,19 +78,6 @@ def mirror(view: np.ndarray) -> np.ndarray:
 
 def mirror_all(views: Views) -> Views:
     return {name: mirror(view) for name, view in views.items()}
-
-
-def resize_all(views: Views, size: tuple[int, int], resample: Image.Resampling) -> Views:
-    """To height and width `size`: photographs by a filter of PIL, ids by the nearest, scores bilinearly."""
-
-    def resize(view: np.ndarray) -> np.ndarray:
-        if view.ndim == 2:
-            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        if view.dtype != np.uint8:
-            return cv2.resize(view, size[::-1], interpolation=cv2.INTER_LINEAR).reshape(*size, -1)
-        return np.asarray(Image.fromarray(view).resize(size[::-1], resample))
-
-    return {name: resize(view) for name, view in views.items()}
 
 
 def _around(view: np.ndarray, fill: np.ndarray) -> np.ndarray:

@@ -148,7 +148,9 @@ class MCTformer(WSSSModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
-        tokens = self.encoder(batch["image"], attention="fine_cls" in self.losses)
+        refined = "fine_cls" in self.losses  # the loss of the maps themselves
+        layers = self.hparams.attention_layers if refined else 0
+        tokens = self.encoder(batch["image"], layers, affinity=refined and self.hparams.refine)
         patch_cam = None if self.head is None else self.head(tokens.patches)
         terms: dict[str, Tensor] = {}
         if "cls" in self.losses:
@@ -157,32 +159,28 @@ class MCTformer(WSSSModule):
             assert patch_cam is not None  # or patch_cls would have been refused
             terms["patch_cls"] = self.losses["patch_cls"](self.pool(patch_cam), label)
         if "cct" in self.losses:
-            terms["cct"] = self.losses["cct"](tokens.class_tokens, label)
+            terms["cct"] = self.losses["cct"](torch.stack(tokens.class_tokens), label)
         if "fine_cls" in self.losses:
-            _, fine = self.maps(tokens, None if patch_cam is None else patch_cam.detach())
+            fine = self.maps(tokens, None if patch_cam is None else patch_cam.detach())
             terms["fine_cls"] = self.losses["fine_cls"](global_average_pool(fine), label)
         return self.combine(terms, self.loss_weights)
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam and attention (B, C, h, w), the class attention alone; seg None."""
-        tokens = self.encoder(image, attention=True)
+        tokens = self.encoder(image, self.hparams.attention_layers, affinity=self.hparams.refine)
         logits = tokens.class_tokens[-1].mean(-1)
         patch_cam = None if self.head is None else self.head(tokens.patches)
         if patch_cam is not None and self.hparams.classify_by == "both":
             logits = (logits + self.pool(patch_cam)) / 2
-        attention, cam = self.maps(tokens, patch_cam)
-        return {"logits": logits, "cam": cam, "attention": attention, "seg": None}
+        return {"logits": logits, "cam": self.maps(tokens, patch_cam), "attention": tokens.attention, "seg": None}
 
-    def maps(self, tokens: MCTTokens, patch_cam: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class attention and localisation maps, both (B, C, h, w), from tokens with attention and the patch CAM."""
+    def maps(self, tokens: MCTTokens, patch_cam: Tensor | None) -> Tensor:
+        """Localisation maps (B, C, h, w) of tokens with attention, the patch CAM and, where there is one, affinity."""
         assert tokens.attention is not None
-        classes, size = self.num_classes, tokens.patches.shape[-2:]
-        attention = tokens.attention[-self.hparams.attention_layers :, :, :classes, classes:].mean(0).unflatten(2, size)
-        cam = attention if patch_cam is None else self.locate(attention, patch_cam.relu())
-        if self.hparams.refine:
-            affinity = tokens.attention[:, :, classes:, classes:].sum(0)  # what each row's patch takes from the others
-            cam = (cam.flatten(2) @ affinity.mT).unflatten(2, size)
-        return attention, cam
+        cam = tokens.attention if patch_cam is None else self.locate(tokens.attention, patch_cam.relu())
+        if tokens.affinity is not None:  # what each row's patch takes from the others
+            cam = (cam.flatten(2) @ tokens.affinity.mT).unflatten(2, cam.shape[-2:])
+        return cam
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decayed: list[Tensor] = []

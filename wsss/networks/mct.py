@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from wsss import InputError
@@ -104,9 +105,10 @@ def _bicubic(length: int, side: int, scale: Tensor) -> Tensor:
 class MCTTokens(NamedTuple):
     """Outputs for a batch of images, h x w being the grid of patches; nothing passes the final norm."""
 
-    class_tokens: Tensor  # (L, B, C, D) after every block
+    class_tokens: list[Tensor]  # L of (B, C, D), after every block
     patches: Tensor  # (B, D, h, w) after the last block
-    attention: Tensor | None  # (L, B, C + h*w, C + h*w), mean over the heads; of an adaptive fusion (1, B, ...)
+    attention: Tensor | None  # (B, C, h, w) of class tokens to patches, mean over heads and the last blocks
+    affinity: Tensor | None  # (B, h*w, h*w) of patches (rows) to patches, mean over heads, sum over all blocks
 
 
 class AdaptiveAttentionFusion(nn.Module):
@@ -203,12 +205,13 @@ class MCTEncoder(nn.Module):
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
-        first: Any = vit.blocks[0]
-        self.num_heads: int = first.attn.num_heads
+        if odd := [type(b).__name__ for b in vit.blocks if type(b) is not Block or type(b.attn) is not Attention]:
+            raise InputError(f"backbone {backbone!r} has blocks of its own ({odd[0]}): choose one with plain ones")
         self.num_prefix_tokens = num_classes  # timm's word for those before the patches
         if unknown := (fusion or {}).keys() - {"reduction", "feature_reduction", "pool"}:
             raise InputError(f"fusion.{min(unknown)} does not exist: known are reduction, feature_reduction, pool")
-        sizes = (len(self.blocks), self.num_heads, self.embed_dim)
+        first: Any = vit.blocks[0]
+        sizes = (len(self.blocks), first.attn.num_heads, self.embed_dim)
         self.fusion = AdaptiveAttentionFusion(*sizes, **fusion) if fusion is not None else None
         side = size // self.patch_size if size is not None else vit.patch_embed.grid_size[0]
         if side < 1:
@@ -241,31 +244,52 @@ class MCTEncoder(nn.Module):
         tokens = torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches.flatten(2).mT], dim=1)
         return tokens + self.position(size, (height, width)), size
 
-    def forward(self, image: Tensor, attention: bool = False) -> MCTTokens:
-        """image: (B, 3, H, W) normalised; `attention` maps cost time and memory."""
+    def forward(self, image: Tensor, attention_layers: int = 0, affinity: bool = False) -> MCTTokens:
+        """image: (B, 3, H, W) normalised; the attention of so many last blocks and the affinity are given if asked for.
+
+        They cost time, the affinity also memory: three maps of all tokens to all, whatever the number of blocks.
+        """
         tokens, size = self.embed(image)
-        classes = self.cls_token.shape[1]
-        class_tokens, outputs, attended, maps = [], [], [], []
-        for block in self.blocks:
-            if attention:
-                tokens, output, heads = attend(block, tokens)
-                if self.fusion is not None:
-                    outputs.append(output.detach())
-                    attended.append(heads)
-                else:
-                    maps.append(sum(heads, tokens.new_zeros(())) / self.num_heads)
-            else:
+        classes, patches = self.cls_token.shape[1], size[0] * size[1]
+        if self.fusion is not None and (attention_layers or affinity):
+            class_tokens, tokens, fused = self.fuse(tokens, self.fusion)
+            attention, related = fused[:, :classes, classes:], fused[:, classes:, classes:] if affinity else None
+            grid = tokens[:, classes:].mT.unflatten(2, size)
+            return MCTTokens(class_tokens, grid, attention.unflatten(2, size), related)
+        class_tokens = []
+        attention = tokens.new_zeros(len(tokens), classes, patches)
+        related = tokens.new_zeros(len(tokens), patches, patches) if affinity else None
+        for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
+            last = left <= attention_layers
+            if related is None and not last:
                 tokens = block(tokens)
+            else:
+                tokens, weights = attend(block, tokens, classes if related is None else None)
+                if last:
+                    attention += weights[:, :classes, classes:] / attention_layers
+                if related is not None:
+                    related += weights[:, classes:, classes:]
             class_tokens.append(tokens[:, :classes])
-        if attention and self.fusion is not None:
-            weights = self.fusion(torch.stack(outputs))  # (B, H, L)
-            fused = tokens.new_zeros(())
-            for layer, heads in enumerate(attended):
-                for head, found in enumerate(heads):
-                    fused = fused + weights[:, head, layer, None, None] * found.detach()
-            maps.append(fused / weights[0].numel())
-        patches = tokens[:, classes:].mT.unflatten(2, size)
-        return MCTTokens(torch.stack(class_tokens), patches, torch.stack(maps) if attention else None)
+        grid = tokens[:, classes:].mT.unflatten(2, size)
+        return MCTTokens(class_tokens, grid, attention.unflatten(2, size) if attention_layers else None, related)
+
+    def fuse(self, tokens: Tensor, fusion: AdaptiveAttentionFusion) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Class tokens after every block, all tokens (B, N, D) after the last, the fused attention (B, N, N).
+
+        Its gradient reaches the weights of the fusion alone. The maps are made one by one, when all weights are known.
+        """
+        class_tokens, outputs, attended = [], [], []
+        for block in self.blocks:
+            tokens, output, heads = attend_apart(block, tokens)
+            class_tokens.append(tokens[:, : self.cls_token.shape[1]])
+            outputs.append(output.detach())
+            attended.append(heads)
+        weights = fusion(torch.stack(outputs))  # (B, H, L)
+        fused = tokens.new_zeros(())
+        for layer, heads in enumerate(attended):
+            for head, found in enumerate(heads):
+                fused = fused + weights[:, head, layer, None, None] * found.detach()
+        return class_tokens, tokens, fused / weights[0].numel()
 
 
 def _trained_size(path: str) -> int:
@@ -285,13 +309,38 @@ def _trained_size(path: str) -> int:
     return math.isqrt(table.shape[1] - 1) * filters.shape[-1]
 
 
-def attend(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Iterator[Tensor]]:
+def attend(block: nn.Module, tokens: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """What a timm block does to tokens (B, N, D), and the attention (B, rows, N), mean over its heads.
+
+    `rows` is the number of first tokens whose attention is given; None: that of all. One head is held at a time, since
+    those of all heads at once are the most memory that anything takes.
+    """
+    part: Any = block
+    layer = part.attn
+    queries, keys, values = layer.qkv(part.norm1(tokens)).unflatten(2, (3, layer.num_heads, -1)).permute(2, 3, 0, 1, 4)
+    queries, keys = layer.q_norm(queries), layer.k_norm(keys)  # (heads, B, N, D / heads)
+    drop = layer.attn_drop
+    mean = tokens.new_zeros(*tokens.shape[:1], rows or tokens.shape[1], tokens.shape[1])
+    heads = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        weights = ((q[:, :rows] * layer.scale) @ k.mT).softmax(-1)
+        mean.add_(weights, alpha=1 / layer.num_heads)
+        if rows is None:
+            heads.append(drop(weights) @ v)
+    if rows is None:
+        mixed = torch.stack(heads, 2)  # (B, N, heads, D / heads)
+    else:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop.p if drop.training else 0.0)
+        mixed = mixed.permute(1, 2, 0, 3)
+    tokens = tokens + part.drop_path1(part.ls1(layer.proj_drop(layer.proj(layer.norm(mixed.flatten(2))))))
+    return tokens + part.drop_path2(part.ls2(part.mlp(part.norm2(tokens)))), mean
+
+
+def attend_apart(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Iterator[Tensor]]:
     """What a timm block does to tokens, what its attention adds to them, and the attention of each head.
 
     The first two are (B, N, D), the latter of them after the projection and before anything scales or drops it; the
-    attention is (B, N, N), after the softmax.
-
-    The maps are made when they are asked for: those of all heads at once are the most memory that anything takes.
+    attention is (B, N, N), after the softmax. The maps are made when they are asked for.
     """
     layer: Any = block.attn
     seen: list[Tensor] = []

@@ -1,0 +1,44 @@
+"""A training step of each method at its paper's size: forward, backward and optimizer, batches of random numbers.
+
+    python -m tests.benchmarks.step [CASE ...] [--before CHECKOUT] [--json FILE]
+
+Networks start from random weights, and batches are small, for a processor; a GPU takes those of the papers, see
+`tests.benchmarks.gpu`. The transforms are not part of it (`tests.benchmarks.loader`).
+"""
+
+from functools import partial
+from typing import Any
+
+from tests.benchmarks.cases import method_of, optimizer_of, training_batch
+from tests.benchmarks.harness import Case, main
+
+
+def step(name: str, batch_size: int, side: int, **arguments: Any) -> Any:
+    method = method_of(name, **arguments)
+    optimizer, batch = optimizer_of(method), training_batch(method, batch_size, side)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        method.training_step(batch, 0)["loss"].backward()
+        optimizer.step()
+
+    return run
+
+
+MCT = {"backbone_args": {"drop_path_rate": 0.1}}
+CASES: dict[str, Case] = {
+    "toco": partial(step, "toco", 2, 448),
+    "mctformer_v1": partial(step, "mctformer_v1", 8, 224, **MCT),
+    "mctformer": partial(step, "mctformer", 8, 224, **MCT),
+    "mctformer_plus": partial(step, "mctformer_plus", 2, 448, **MCT),
+    "seam": partial(step, "seam", 1, 448),
+    "ppc": partial(step, "ppc", 2, 448),
+    "rcm_mam": partial(step, "rcm_mam", 2, 192),
+    "cam": partial(step, "cam", 1, 448),
+    "affinity": partial(step, "affinity", 1, 448),
+    "irn": partial(step, "irn", 1, 512),
+    "segmentation": partial(step, "segmentation", 1, 321),
+}
+
+if __name__ == "__main__":
+    main("tests.benchmarks.step", CASES, __doc__)
