@@ -94,7 +94,7 @@ def test_export_gives_back_what_was_imported(recordings: Any, match: Any, method
 
 
 def test_forward(recordings: Any, match: Any, method: MCTformer) -> None:
-    arrays, encoder, classes = recordings(FORWARD), method.encoder, method.num_classes
+    arrays, encoder = recordings(FORWARD), method.encoder
     for name in dict.fromkeys(key.split("/")[0] for key in arrays):
         image = normalised(arrays[f"{name}/images_u8"])
         tokens, output = encoder(image, 1, affinity=True), method(image)
