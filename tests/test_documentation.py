@@ -44,6 +44,8 @@ def typed(path: Path) -> Iterator[Typed]:
         return
     text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
     for block in re.findall(r"(?:\A|\n)\n((?: {4}.*\n)+)", text):
+        looped = dict(re.findall(r"for (\w+) in (\S+)", block))  # of a loop the first turn
+        block = re.sub(r"\$\{?(\w+)\}?", lambda match, known=looped: known.get(match[1], match[0]), block)
         for line in re.sub(r" *\\\n *", " ", block).splitlines():
             yield from (Typed(path, part.strip()) for part in re.sub(r" {2,}#.*", "", line).split("&&"))
 
