@@ -252,7 +252,8 @@ def test_checkpoints_hold_no_tower(runs: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("name", ["clip_es", "weclip", "weclip_plus"])
 def test_every_command_takes_the_checkpoint(command: Command, runs: dict[str, Path], tmp_path: Path, name: str) -> None:
     trained = json.loads((runs[name] / "metrics.json").read_text())
-    ended = command("eval", checkpoint(runs[name]), f"hydra.run.dir={tmp_path / 'eval'}", "data.num_workers=0")
+    where = f"hydra.run.dir={tmp_path / 'eval'}"
+    ended = command("eval", checkpoint(runs[name]), "protocol=single_scale", where, "data.num_workers=0")
     assert ended.code == 0, ended.err
     again = json.loads((tmp_path / "eval/metrics.json").read_text())
     for key in ("val/map", "val/cam_miou", *(("val/miou",) if name != "clip_es" else ())):
