@@ -38,15 +38,6 @@ class Taps(NamedTuple):
     conv6: Tensor  # (B, 64 * width, h, w)
 
 
-class PointConv(nn.Conv2d):
-    """A 1x1 convolution without bias, on one thread of a CPU nearly twice as fast as torch's own choice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # one pixel is read whatever the dilation, but torch leaves plain ones on one thread to a slower kernel
-        slow = x.device.type == "cpu" and torch.get_num_threads() == 1
-        return F.conv2d(x, self.weight, stride=self.stride, dilation=2 if slow else 1)
-
-
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, each after batch norm and ReLU.
 
@@ -65,7 +56,7 @@ class ResBlock(nn.Module):
         self.conv_branch2b1 = nn.Conv2d(channels, out_channels, 3, padding=second, dilation=second, bias=False)
         self.conv_branch1: nn.Conv2d | None = None
         if in_channels != out_channels or stride != 1:
-            self.conv_branch1 = PointConv(in_channels, out_channels, 1, stride, bias=False)
+            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         activated = F.relu(self.bn_branch2a(x))
@@ -83,12 +74,12 @@ class BottleneckBlock(nn.Module):
         self.dropout = dropout
         quarter, half = out_channels // 4, out_channels // 2
         self.bn_branch2a = nn.BatchNorm2d(in_channels)
-        self.conv_branch2a = PointConv(in_channels, quarter, 1, bias=False)
+        self.conv_branch2a = nn.Conv2d(in_channels, quarter, 1, bias=False)
         self.bn_branch2b1 = nn.BatchNorm2d(quarter)
         self.conv_branch2b1 = nn.Conv2d(quarter, half, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn_branch2b2 = nn.BatchNorm2d(half)
-        self.conv_branch2b2 = PointConv(half, out_channels, 1, bias=False)
-        self.conv_branch1 = PointConv(in_channels, out_channels, 1, bias=False)
+        self.conv_branch2b2 = nn.Conv2d(half, out_channels, 1, bias=False)
+        self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         activated = F.relu(self.bn_branch2a(x))
