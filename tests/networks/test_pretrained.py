@@ -334,7 +334,7 @@ def test_weights_that_are_here(command: Command, tmp_path: Path, monkeypatch: py
     assert "yes, in timm's cache" in table["method.backbone=deit_small_patch16_224 method.weights=fb_in1k"]
     assert "no: the file in this folder has the md5 b32d73e5" in table[resnet38]
     trust(monkeypatch, packaged)
-    monkeypatch.setattr("wsss.networks.resnet38.IMAGENET_MD5", hashlib.md5(b"another").hexdigest())
+    monkeypatch.setattr("wsss.networks.sources.IMAGENET_MD5", hashlib.md5(b"another").hexdigest())
     table = rows(command("data", "weights").out)
     assert "yes, installed, sha256 right" in table[lite0]
     assert "yes, in this folder, md5 right" in table[resnet38]
