@@ -20,12 +20,20 @@ def test_a_case_beside_that_of_another_checkout(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     done = run("refine", "sweep 20", "--repeats", "1", "--before", str(ROOT), "--json", str(out))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].split()[-1] == "ratio"
+    assert done.stdout.splitlines()[0].split()[-2:] == ["ratio", "apart"]
     (line,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert (line["benchmark"], line["case"]) == ("refine", "sweep 20")
     assert 0 < line["cpu_ms"] < 1e5
     assert 0.1 < line["ratio"] < 10
     assert line["peak_mib"] > 50
+
+
+@pytest.mark.slow
+def test_gradients_beside_those_of_another_checkout(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = run("classes", "seam 20", "--repeats", "1", "--before", str(ROOT), "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["apart"] == 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ what is timed. `python -m tests.benchmarks.NAME` prints a table, the medians of 
   clock (`wall ms`) says nothing.
 * `peak MiB` that the process held at most, interpreter and libraries included.
 * with `--before DIR`, a checkout of another version of this library: the same of that one, run in turn, and `ratio`,
-  the median of the rounds' own ratios of processor time, now to before.
+  the median of the rounds' own ratios of processor time, now to before. `apart` is how far the tensors are from each
+  other that both returned in the first round, if the case returns some by name: the largest difference, relative to
+  the largest value of its tensor. Both have started from the same seed.
 
 `--json FILE` appends a line for each case, with versions and processor, by which machines and months are compared.
 """
@@ -21,6 +23,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +54,11 @@ def peak() -> float:
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
 
 
-def serve(module: str, name: str) -> None:
-    """Prepare a case; then run it once for each line of stdin, and answer what it took."""
+def serve(module: str, name: str, returned: str = "") -> None:
+    """Prepare a case; then run it once for each line of stdin, and answer what it took.
+
+    The file `returned`, if one is named, receives the tensors that the first round has returned.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -62,16 +68,22 @@ def serve(module: str, name: str) -> None:
     run = importlib.import_module(module).CASES[name]()
     for _ in sys.stdin:
         start = cpu(), time.perf_counter()
-        run()
+        found = run()
         took = {"cpu": cpu() - start[0], "wall": time.perf_counter() - start[1]}
-        answers.write(json.dumps(took | {"peak": peak()}) + "\n")
+        took |= {"peak": peak()}
+        if returned:
+            named = found.items() if isinstance(found, Mapping) else ()
+            torch.save({key: value for key, value in named if isinstance(value, torch.Tensor)}, returned)
+            returned = ""
+        del found
+        answers.write(json.dumps(took) + "\n")
 
 
 class Worker:
     """A process that runs a case of `module` with the library of a checkout."""
 
-    def __init__(self, checkout: Path, module: str, name: str) -> None:
-        command = [sys.executable, "-c", START, str(checkout), str(HERE), module, name]
+    def __init__(self, checkout: Path, module: str, name: str, returned: str = "") -> None:
+        command = [sys.executable, "-c", START, str(checkout), str(HERE), module, name, returned]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -96,16 +108,32 @@ class Worker:
 
 def measure(module: str, name: str, repeats: int, before: Path | None) -> dict[str, Any]:
     """What a case costs, and with `before` the cost there and the ratio."""
-    workers = [Worker(checkout, module, name) for checkout in (HERE, before) if checkout is not None]
-    for _ in range(repeats + 1):
-        for worker in workers:
+    if before is None:
+        worker = Worker(HERE, module, name)
+        for _ in range(repeats + 1):
             worker.run()
-    now, *other = (worker.close() for worker in workers)
-    if not other:
-        return dict(now)
+        return dict(worker.close())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/now", f"{folder}/before"]
+        workers = [Worker(root, module, name, path) for root, path in zip((HERE, before), paths, strict=True)]
+        for _ in range(repeats + 1):
+            for worker in workers:
+                worker.run()
+        now, other = (worker.close() for worker in workers)
+        difference = apart(*paths)
     rounds = zip(*(worker.rounds[1:] for worker in workers), strict=True)
     ratio = statistics.median(a["cpu"] / b["cpu"] for a, b in rounds)
-    return now | {"ratio": ratio} | {f"before_{key}": value for key, value in other[0].items()}
+    return now | {"ratio": ratio, "apart": difference} | {f"before_{key}": value for key, value in other.items()}
+
+
+def apart(path: str, other_path: str) -> float | None:
+    """The largest difference of tensors of the same name, relative to the largest value of each; None without any."""
+    import torch
+
+    found, other = torch.load(path), torch.load(other_path)
+    pairs = [(found[name].double(), other[name].double()) for name in found.keys() & other.keys()]
+    differences = [((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item() for a, b in pairs if a.numel()]
+    return max(differences, default=None)
 
 
 def main(module: str, cases: Mapping[str, Case], doc: str | None) -> None:
@@ -120,11 +148,12 @@ def main(module: str, cases: Mapping[str, Case], doc: str | None) -> None:
         parser.error(f"{unknown[0]} is no case: known are {', '.join(cases)}")
     columns = {"cpu_ms": "cpu ms", "wall_ms": "wall ms", "peak_mib": "peak MiB"}
     if given.before:
-        columns |= {"before_cpu_ms": "before", "before_peak_mib": "peak", "ratio": "ratio"}
+        columns |= {"before_cpu_ms": "before", "before_peak_mib": "peak", "ratio": "ratio", "apart": "apart"}
     print(f"{'case':28}" + "".join(f"{title:>10}" for title in columns.values()))
     for name in given.cases or cases:
         cost = measure(module, name, given.repeats, given.before)
-        shown = (f"{cost[key]:10.2f}" if key == "ratio" else f"{cost[key]:10.1f}" for key in columns)
+        kinds = {"ratio": "10.2f", "apart": "10.1e"}
+        shown = ("         -" if cost[key] is None else f"{cost[key]:{kinds.get(key, '10.1f')}}" for key in columns)
         print(f"{name:28}" + "".join(shown), flush=True)
         if given.json is not None:
             with given.json.open("a") as file:

@@ -3,11 +3,14 @@
     python -m tests.benchmarks.step [CASE ...] [--before CHECKOUT] [--json FILE]
 
 Networks start from random weights, and batches are small, for a processor; a GPU takes those of the papers, see
-`tests.benchmarks.gpu`. The transforms are not part of it (`tests.benchmarks.loader`).
+`tests.benchmarks.gpu`. The transforms are not part of it (`tests.benchmarks.loader`). `slim` is ResNet38 at half its
+width and 96 pixels, for which a machine needs seconds.
 """
 
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from tests.benchmarks.cases import method_of, optimizer_of, training_batch
 from tests.benchmarks.harness import Case, main
@@ -17,14 +20,17 @@ def step(name: str, batch_size: int, side: int, **arguments: Any) -> Any:
     method = method_of(name, **arguments)
     optimizer, batch = optimizer_of(method), training_batch(method, batch_size, side)
 
-    def run() -> None:
+    def run() -> dict[str, Tensor]:
         optimizer.zero_grad()
-        method.training_step(batch, 0)["loss"].backward()
+        loss = method.training_step(batch, 0)["loss"]
+        loss.backward()
         optimizer.step()
+        return {"loss": loss.detach()} | {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
 
     return run
 
 
+SLIM = {"backbone_args": {"width": 32}}
 MCT = {"backbone_args": {"drop_path_rate": 0.1}}
 CASES: dict[str, Case] = {
     "toco": partial(step, "toco", 2, 448),
@@ -34,6 +40,7 @@ CASES: dict[str, Case] = {
     "seam": partial(step, "seam", 1, 448),
     "ppc": partial(step, "ppc", 2, 448),
     "rcm_mam": partial(step, "rcm_mam", 2, 192),
+    **{f"{name} slim": partial(step, name, 2, 96, **SLIM) for name in ("seam", "ppc", "rcm_mam")},
     "cam": partial(step, "cam", 1, 448),
     "affinity": partial(step, "affinity", 1, 448),
     "irn": partial(step, "irn", 1, 512),
