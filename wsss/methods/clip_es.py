@@ -64,9 +64,9 @@ def gradient_maps(
     return GradientMaps(logits.detach(), activation, gradient, torch.einsum("pnd,pd->pn", activation, gradient.mean(1)))
 
 
-def named(**weights: str | None) -> list[str]:
-    """Arguments that name weights, which no checkpoint may do: a command has to give those that differ from conf/."""
-    return [name for name, value in weights.items() if value is not None]
+def unsaid(**weights: str | None) -> list[str]:
+    """Arguments that no checkpoint may set: a command has to give weights and a cache that differ from conf/."""
+    return ["cache_features", *(name for name, value in weights.items() if value is not None)]
 
 
 class CLIPMaps(WSSSModule):
@@ -230,7 +230,7 @@ class CLIPES(CLIPMaps):
         cache_features: float | None = None,
     ) -> None:
         super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
-        self.save_hyperparameters(ignore=named(weights=weights))
+        self.save_hyperparameters(ignore=unsaid(weights=weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         self.mean, self.std = self.tower.mean, self.tower.std

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_seg, resize
 from wsss.evaluation.protocol import Measured, Protocol
-from wsss.methods.clip_es import CLIPMaps, named
+from wsss.methods.clip_es import CLIPMaps, unsaid
 from wsss.networks.clip import FeatureCache, Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
 from wsss.optim import stepwise, warmup_poly
@@ -117,7 +117,7 @@ class WeCLIP(CLIPMaps):
             raise InputError(
                 "losses.cross lets two branches learn from each other: set method.dino, or losses.cross=null"
             )
-        self.save_hyperparameters(ignore=named(weights=weights, dino_weights=dino_weights))
+        self.save_hyperparameters(ignore=unsaid(weights=weights, dino_weights=dino_weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         if normalisation not in ("imagenet", "clip"):
