@@ -146,6 +146,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
         raise InputError(
             f"method={choices['method']} makes no class activation maps: give the checkpoint of one that does"
         )
+    method.protocol = replace(method.protocol, image_labels="true")  # which are known, whatever an evaluation knew
     if not images.has_background:
         method.without_background()
     if cfg.on_bad_image == "skip":
@@ -346,7 +347,7 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
         said = ", ".join(f"{key} {value}" for key, value in refinement.items() if value is not None)
         name = folder.origin["settings"]["refine"]
         figures[f"{split}/mask_miou"] = metric.compute().item()
-        method.protocol = replace(method.protocol, image_labels="true", threshold="fixed")  # as all of this is made
+        method.protocol = replace(method.protocol, threshold="fixed")  # as all of this is made
         notes[f"{split}/mask_miou"] = replace(
             method.describe(f"{split}, {len(measured)} images")["val/cam_miou"],
             crf=refinement if "crf" in name else None,

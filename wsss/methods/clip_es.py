@@ -183,9 +183,9 @@ class CLIPES(CLIPMaps):
     """Gradient maps of CLIP's scores of the classes of an image, spread by the attention of its transformer.
 
     The score of a class is its probability among the classes that the image shows and words for what is behind them,
-    so that maps depend on which classes are known to be there: in an evaluation with true image labels, in wsss-label
-    and in pictures the true ones, else those that CLIP finds. It calls a class present that alone beats all words of
-    the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
+    so that maps depend on which classes are known to be there: in wsss-label, and in an evaluation with true image
+    labels and its pictures, the true ones, else those that CLIP finds. It calls a class present that alone beats all
+    words of the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
 
     The maps are those of the released code on a CPU. Not reproduced are its half precision on a GPU, the files of half
     precision it keeps between its steps, and the wrapped colours that it gives to its CRF.
