@@ -51,6 +51,7 @@ def label(cfg: DictConfig) -> int:
     origin["settings"] |= flatten(refine.keywords, "refine")
     if refine.args:
         origin["settings"]["refine.affinity_sha256"] = sha256(cfg.refine.affinity)
+        origin["loaded"] = list(dict.fromkeys(words for network in (method, *refine.args) for words in network.told))
     optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay, "instances": cfg.instances}
     folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
     ids = list(images.ids)
@@ -326,7 +327,7 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
     import torch
 
     from wsss.evaluation.metrics import SegmentationIoU
-    from wsss.evaluation.protocol import Measured, write_figures
+    from wsss.evaluation.protocol import Measured, extra_supervision, write_figures
     from wsss.evaluation.pseudo import cam_figures
     from wsss.report.tables import print_figures, progress
 
@@ -350,6 +351,7 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
         method.protocol = replace(method.protocol, threshold="fixed")  # as all of this is made
         notes[f"{split}/mask_miou"] = replace(
             method.describe(f"{split}, {len(measured)} images")["val/cam_miou"],
+            extra_supervision=extra_supervision(folder.origin["loaded"]),
             crf=refinement if "crf" in name else None,
             threshold_rule=f"refine={name}" if "crf" in name else f"refine={name} ({said})",
             threshold=None,
