@@ -1,5 +1,6 @@
 """WeCLIP (Zhang et al., CVPR 2024, arXiv 2406.11189), with DINO WeCLIP+ (TPAMI 2025): a decoder on frozen towers."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -128,8 +129,17 @@ class WeCLIP(CLIPMaps):
             raise InputError(f"refine_layers is {refine_layers}, but {backbone} has {self.tower.depth}: give 1 to that")
         if long_side is not None and long_side < 1:
             raise InputError(f"long_side is {long_side}: expected a number of pixels, or null")
-        if self_labels is not None and set(self_labels) != {"step", "threshold", "gate"}:
-            raise InputError(f"self_labels is {dict(self_labels)}: expected {{step, threshold, gate}} or null")
+        if self_labels is not None:
+            kinds = {"step": int, "threshold": int | float, "gate": bool}
+            fits = set(self_labels) == set(kinds)
+            if not fits or not all(isinstance(self_labels[key], kind) for key, kind in kinds.items()):
+                raise InputError(
+                    f"self_labels is {dict(self_labels)}: expected null, or {{step: NUMBER, threshold: NUMBER, gate: "
+                    "true or false}"
+                )
+        if unknown := set(par or {}) - set(inspect.signature(PAR).parameters):
+            known = ", ".join(inspect.signature(PAR).parameters)
+            raise InputError(f"par.{min(unknown)} does not exist: known are {known}")
         layers = self.tower.depth - 1 if dino is None else 1
         self.fusion = Fusion(self.tower.width, layers, channels, dropout)
         self.dino: DINOTower | None = None
