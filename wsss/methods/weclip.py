@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from wsss import InputError
-from wsss.cam import box_mask, multiscale_seg, resize
+from wsss.cam import box_mask, multiscale_seg, of_classes, present_classes, resize
 from wsss.evaluation.protocol import Measured, Protocol
 from wsss.methods.clip_es import CLIPMaps, unsaid
 from wsss.networks.clip import FeatureCache, Seen
@@ -250,11 +250,8 @@ class WeCLIP(CLIPMaps):
         The image, of any size, is brought to that size.
         """
         size = tuple(size or cam.shape[-2:])
-        present, index = label.sort(dim=1, descending=True, stable=True)
-        count = max(1, int(label.sum(1).max()))  # PAR takes its time for every channel
-        present, index = present[:, :count], index[:, :count]
-        rows = torch.arange(len(label), device=label.device)[:, None]
-        maps = resize(cam[rows, index] * present[:, :, None, None], size)
+        present, index = present_classes(label, max(1, int(label.sum(1).max())))  # PAR takes its time for every channel
+        maps = resize(of_classes(cam, index, label.shape[1]) * present[:, :, None, None], size)
         scores = torch.cat([1 - maps.amax(1, keepdim=True), maps], dim=1)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
