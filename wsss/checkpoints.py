@@ -198,9 +198,7 @@ def restore(
     if odd := [name for name in ours if ours[name].is_floating_point() != theirs[name].is_floating_point()]:
         raise InputError(f"checkpoint {path} has another kind of numbers in {', '.join(odd[:3])} ({len(odd)} in all)")
     method.load_state_dict(theirs)
-    method.normalise_as(origin)
-    told = origin.get("loaded", ())
-    method.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
+    method.start_as(origin)
     method.checkpoint_rule = origin.get("checkpoint_rule", "not known")
     if not origin.get("has_background", True):
         method.without_background()

@@ -100,10 +100,11 @@ def test_background_rules_and_no_background() -> None:
 def test_starting_from_a_classifier(tmp_path: Path) -> None:
     torch.manual_seed(3)
     classifier = CAM(3, backbone_args=SLIM)
-    said = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    said = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "loaded": ["timm weights a.in21k", 3]}
     torch.save({"state_dict": classifier.state_dict(), "wsss": said}, tmp_path / "cam.ckpt")
     stage = method(init_checkpoint=str(tmp_path / "cam.ckpt"))
     assert (stage.mean, stage.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert stage.told == ["timm weights a.in21k"]
     for name, tensor in classifier.backbone.state_dict().items():
         assert torch.equal(tensor, stage.network.backbone.state_dict()[name]), name
     torch.save({"state_dict": CAM(3, backbone_args=SLIM | {"width": 2}).state_dict()}, tmp_path / "other.ckpt")

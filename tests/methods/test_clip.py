@@ -207,6 +207,9 @@ def test_log_odds() -> None:
         ({"normalisation": "none"}, "normalisation is 'none'"),
         ({"long_side": 0}, "long_side is 0"),
         ({"self_labels": {"step": 3}}, "self_labels is"),
+        ({"self_labels": {"step": "x", "threshold": 0.5, "gate": True}}, "self_labels is"),
+        ({"par": {"steps": 3}}, "par.steps does not exist: known are dilations"),
+        ({"decoder_heads": 0}, "decoder_heads=0, at least 1"),
         ({"channels": 15}, "channels is 15"),
         ({"cache_features": -1.0}, "cache_features is -1.0"),
         ({"backbone": "resnet18"}, "no image tower of CLIP"),
@@ -322,3 +325,16 @@ def test_another_tower_is_refused(command: Command, runs: dict[str, Path], tmp_p
         assert "sha256" in ended.err
         assert "add method.weights=FILE" in ended.err
         assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_true_labels_and_a_cache_of_its_own(command: Command, runs: dict[str, Path], tmp_path: Path) -> None:
+    """wsss-label knows the true classes also where the training was measured without; a cache is no file's to set."""
+    arguments = ["method=clip_es", *CLIP_OVERRIDES, "recipe=null", "protocol=honest", "method.cache_features=0.1"]
+    ended = command("train", *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    for name, run in (("a", runs["clip_es"]), ("b", tmp_path / "run")):
+        ended = command("label", checkpoint(run), f"out={tmp_path / name}", "num_workers=0")
+        assert ended.code == 0, ended.err
+    masks = [{path.name: path.read_bytes() for path in (tmp_path / name / "masks").glob("*.png")} for name in "ab"]
+    assert len(masks[0]) == 6
+    assert masks[0] == masks[1]

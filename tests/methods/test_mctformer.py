@@ -91,6 +91,7 @@ def test_an_image_smaller_than_a_patch_is_refused() -> None:
         ({"backbone_args": SMALL | {"img_size": 4}}, "img_size is 4: expected at least one patch of 8"),
         ({"losses": {"fine_cls": {}}}, "losses.fine_cls: MCTformer does not compute it, only cls, patch_cls, cct"),
         ({"fusion": {"reduction": 7}}, "fusion.reduction is 7: expected 1 to 6"),
+        ({"fusion": {"reduction": None}}, "fusion.reduction is None: expected 1 to 6"),
         ({"fusion": {"reduction": 2, "feature_reduction": 13}}, "fusion.feature_reduction is 13: expected 1 to 12"),
         ({"fusion": {"pool": "sum"}}, "fusion.pool is 'sum': expected max or avg"),
         ({"fusion": {"depth": 2}}, "fusion.depth does not exist: known are reduction, feature_reduction, pool"),

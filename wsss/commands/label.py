@@ -51,6 +51,7 @@ def label(cfg: DictConfig) -> int:
     origin["settings"] |= flatten(refine.keywords, "refine")
     if refine.args:
         origin["settings"]["refine.affinity_sha256"] = sha256(cfg.refine.affinity)
+        origin["loaded"] = list(dict.fromkeys(words for network in (method, *refine.args) for words in network.told))
     optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay, "instances": cfg.instances}
     folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
     ids = list(images.ids)
@@ -146,6 +147,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
         raise InputError(
             f"method={choices['method']} makes no class activation maps: give the checkpoint of one that does"
         )
+    method.protocol = replace(method.protocol, image_labels="true")  # which are known, whatever an evaluation knew
     if not images.has_background:
         method.without_background()
     if cfg.on_bad_image == "skip":
@@ -325,7 +327,7 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
     import torch
 
     from wsss.evaluation.metrics import SegmentationIoU
-    from wsss.evaluation.protocol import Measured, write_figures
+    from wsss.evaluation.protocol import Measured, extra_supervision, write_figures
     from wsss.evaluation.pseudo import cam_figures
     from wsss.report.tables import print_figures, progress
 
@@ -346,9 +348,10 @@ def measure(images: "Images", folder: "LabelFolder", method: "WSSSModule", split
         said = ", ".join(f"{key} {value}" for key, value in refinement.items() if value is not None)
         name = folder.origin["settings"]["refine"]
         figures[f"{split}/mask_miou"] = metric.compute().item()
-        method.protocol = replace(method.protocol, image_labels="true", threshold="fixed")  # as all of this is made
+        method.protocol = replace(method.protocol, threshold="fixed")  # as all of this is made
         notes[f"{split}/mask_miou"] = replace(
             method.describe(f"{split}, {len(measured)} images")["val/cam_miou"],
+            extra_supervision=extra_supervision(folder.origin["loaded"]),
             crf=refinement if "crf" in name else None,
             threshold_rule=f"refine={name}" if "crf" in name else f"refine={name} ({said})",
             threshold=None,

@@ -108,7 +108,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
         data.val, small = fit_sizes(data.val, method, cfg.on_bad_image)
         skipped += small
     check_supervision(method, data, choices["method"])
-    method.started_from = data.train.loaded if isinstance(data.train, FromFolder) else []
+    method.started_from += data.train.loaded if isinstance(data.train, FromFolder) else []
     known = method.figures(data.has_masks)
     if cfg.monitor is not None and cfg.monitor not in known:
         without = "" if data.has_masks else " without masks"

@@ -66,7 +66,7 @@ class Affinity(Stage):
         self.network = AffinityNet(backbone, weights, backbone_args)
         self.mean, self.std = self.network.backbone.normalisation or (self.mean, self.std)
         if init_checkpoint is not None:
-            self.normalise_as(start_backbone(self.network.backbone, init_checkpoint))
+            self.start_as(start_backbone(self.network.backbone, init_checkpoint))
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ class CAM(WSSSModule):
         if init_checkpoint is not None:
             network = nn.ModuleDict({"backbone": self.backbone, "fc8": self.fc8})
             advice = "give one of method=cam, or of frozen_cam with this backbone and method.hidden=null"
-            self.normalise_as(start_classifier(network, init_checkpoint, self.classes, ("fc8",), advice))
+            self.start_as(start_classifier(network, init_checkpoint, self.classes, ("fc8",), advice))
 
     def forward(self, image: Tensor) -> dict[str, Any]:
         """(B, 3, H, W) -> logits (B, C); cam (B, C, h, w), not negative; seg None."""

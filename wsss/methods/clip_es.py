@@ -64,9 +64,9 @@ def gradient_maps(
     return GradientMaps(logits.detach(), activation, gradient, torch.einsum("pnd,pd->pn", activation, gradient.mean(1)))
 
 
-def named(**weights: str | None) -> list[str]:
-    """Arguments that name weights, which no checkpoint may do: a command has to give those that differ from conf/."""
-    return [name for name, value in weights.items() if value is not None]
+def unsaid(**weights: str | None) -> list[str]:
+    """Arguments that no checkpoint may set: a command has to give weights and a cache that differ from conf/."""
+    return ["cache_features", *(name for name, value in weights.items() if value is not None)]
 
 
 class CLIPMaps(WSSSModule):
@@ -183,9 +183,9 @@ class CLIPES(CLIPMaps):
     """Gradient maps of CLIP's scores of the classes of an image, spread by the attention of its transformer.
 
     The score of a class is its probability among the classes that the image shows and words for what is behind them,
-    so that maps depend on which classes are known to be there: in an evaluation with true image labels, in wsss-label
-    and in pictures the true ones, else those that CLIP finds. It calls a class present that alone beats all words of
-    the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
+    so that maps depend on which classes are known to be there: in wsss-label, and in an evaluation with true image
+    labels and its pictures, the true ones, else those that CLIP finds. It calls a class present that alone beats all
+    words of the background together (`logits` above 0); that rule is ours, the paper's masks are of images with labels.
 
     The maps are those of the released code on a CPU. Not reproduced are its half precision on a GPU, the files of half
     precision it keeps between its steps, and the wrapped colours that it gives to its CRF.
@@ -230,7 +230,7 @@ class CLIPES(CLIPMaps):
         cache_features: float | None = None,
     ) -> None:
         super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
-        self.save_hyperparameters(ignore=named(weights=weights))
+        self.save_hyperparameters(ignore=unsaid(weights=weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         self.mean, self.std = self.tower.mean, self.tower.std

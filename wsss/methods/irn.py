@@ -88,7 +88,7 @@ class IRN(Stage):
                 stacklevel=2,
             )
         if init_checkpoint is not None:
-            self.normalise_as(start_backbone(self.network.backbone, init_checkpoint))
+            self.start_as(start_backbone(self.network.backbone, init_checkpoint))
 
     @property
     def views(self) -> tuple[str, ...]:

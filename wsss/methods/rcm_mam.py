@@ -173,7 +173,7 @@ class RCMMAM(WSSSModule):
         for name in ("main", "support"):
             network, layers = getattr(self, name), ("fc8", "fc9")
             origin = start_classifier(network, path, self.classes, layers, advice, prefix=f"{name}.")
-        self.normalise_as(origin)
+        self.start_as(origin)
 
     def train(self, mode: bool = True) -> "RCMMAM":
         """The support network stays in evaluation mode."""

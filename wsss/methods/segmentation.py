@@ -119,7 +119,7 @@ class Segmentation(PixelStage):
         self.network = build_segmenter(backbone, weights, backbone_args, decoder, decoder_args, 1 + num_classes)
         self.mean, self.std = self.network.normalisation or (self.mean, self.std)
         if init_checkpoint is not None:
-            self.normalise_as(start_backbone(self.network.encoder, init_checkpoint))
+            self.start_as(start_backbone(self.network.encoder, init_checkpoint))
         self.metrics = nn.ModuleDict({"miou": SegmentationIoU(1 + num_classes)})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

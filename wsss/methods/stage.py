@@ -63,7 +63,7 @@ class Stage(pl.LightningModule):
         self.protocol = Protocol()
         self.metrics: Any = nn.ModuleDict()
         self.tables: dict[str, Any] = {}  # of the last evaluation, see `wsss.evaluation.metrics.tables_of`
-        self.started_from: list[str] = []  # `told` by the checkpoint that it comes from, or behind its pseudo masks
+        self.started_from: list[str] = []  # `told` by the checkpoint that it comes from, and behind its pseudo masks
         self.checkpoint_rule = "last"  # of the training that a checkpoint comes from, see `Measured`
         self.origin: dict[str, Any] = {}  # names of method and data set, for those who load a checkpoint
         self.losses = nn.ModuleDict()
@@ -108,9 +108,11 @@ class Stage(pl.LightningModule):
         self.log_dict({f"train/loss_{key}": term for key, term in parts.items()}, prog_bar=True, logger=False)
         return {"loss": total, "terms": parts}
 
-    def normalise_as(self, origin: Mapping[str, Any]) -> None:
-        """Takes `mean` and `std` from what the checkpoint it starts from says of itself, where it says them."""
+    def start_as(self, origin: Mapping[str, Any]) -> None:
+        """Takes `mean`, `std` and first weights from what a checkpoint that it starts from says of itself."""
         self.mean, self.std = (tuple(origin.get(key, getattr(self, key))) for key in ("mean", "std"))
+        told = origin.get("loaded", ())
+        self.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
 
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""

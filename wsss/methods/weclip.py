@@ -1,5 +1,6 @@
 """WeCLIP (Zhang et al., CVPR 2024, arXiv 2406.11189), with DINO WeCLIP+ (TPAMI 2025): a decoder on frozen towers."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from wsss import InputError
-from wsss.cam import box_mask, multiscale_seg, resize
+from wsss.cam import box_mask, multiscale_seg, of_classes, present_classes, resize
 from wsss.evaluation.protocol import Measured, Protocol
-from wsss.methods.clip_es import CLIPMaps, named
+from wsss.methods.clip_es import CLIPMaps, unsaid
 from wsss.networks.clip import FeatureCache, Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
 from wsss.optim import stepwise, warmup_poly
@@ -117,7 +118,7 @@ class WeCLIP(CLIPMaps):
             raise InputError(
                 "losses.cross lets two branches learn from each other: set method.dino, or losses.cross=null"
             )
-        self.save_hyperparameters(ignore=named(weights=weights, dino_weights=dino_weights))
+        self.save_hyperparameters(ignore=unsaid(weights=weights, dino_weights=dino_weights))
         self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
         self.build_text(text, background)
         if normalisation not in ("imagenet", "clip"):
@@ -128,8 +129,17 @@ class WeCLIP(CLIPMaps):
             raise InputError(f"refine_layers is {refine_layers}, but {backbone} has {self.tower.depth}: give 1 to that")
         if long_side is not None and long_side < 1:
             raise InputError(f"long_side is {long_side}: expected a number of pixels, or null")
-        if self_labels is not None and set(self_labels) != {"step", "threshold", "gate"}:
-            raise InputError(f"self_labels is {dict(self_labels)}: expected {{step, threshold, gate}} or null")
+        if self_labels is not None:
+            kinds = {"step": int, "threshold": int | float, "gate": bool}
+            fits = set(self_labels) == set(kinds)
+            if not fits or not all(isinstance(self_labels[key], kind) for key, kind in kinds.items()):
+                raise InputError(
+                    f"self_labels is {dict(self_labels)}: expected null, or {{step: NUMBER, threshold: NUMBER, gate: "
+                    "true or false}"
+                )
+        if unknown := set(par or {}) - set(inspect.signature(PAR).parameters):
+            known = ", ".join(inspect.signature(PAR).parameters)
+            raise InputError(f"par.{min(unknown)} does not exist: known are {known}")
         layers = self.tower.depth - 1 if dino is None else 1
         self.fusion = Fusion(self.tower.width, layers, channels, dropout)
         self.dino: DINOTower | None = None
@@ -240,11 +250,8 @@ class WeCLIP(CLIPMaps):
         The image, of any size, is brought to that size.
         """
         size = tuple(size or cam.shape[-2:])
-        present, index = label.sort(dim=1, descending=True, stable=True)
-        count = max(1, int(label.sum(1).max()))  # PAR takes its time for every channel
-        present, index = present[:, :count], index[:, :count]
-        rows = torch.arange(len(label), device=label.device)[:, None]
-        maps = resize(cam[rows, index] * present[:, :, None, None], size)
+        present, index = present_classes(label, max(1, int(label.sum(1).max())))  # PAR takes its time for every channel
+        maps = resize(of_classes(cam, index, label.shape[1]) * present[:, :, None, None], size)
         scores = torch.cat([1 - maps.amax(1, keepdim=True), maps], dim=1)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)

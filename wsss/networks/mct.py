@@ -146,7 +146,7 @@ class AdaptiveAttentionFusion(nn.Module):
         self.heads, self.pool = heads, pool
         maps, channels = depth * heads, width // heads
         for name, value, most in (("reduction", reduction, maps), ("feature_reduction", feature_reduction, channels)):
-            if not 1 <= value <= most:
+            if not isinstance(value, int | float) or not 1 <= value <= most:
                 raise InputError(f"fusion.{name} is {value}: expected 1 to {most}, as many as there are to reduce")
         between = int(channels / feature_reduction)
         self.feature = nn.Sequential(nn.Linear(channels, between), nn.Linear(between, 1))

@@ -52,8 +52,8 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: int, depth: int, heads: int, outputs: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise InputError(f"channels is {channels}: expected a multiple of decoder_heads={heads}")
+        if heads < 1 or channels % heads:
+            raise InputError(f"channels is {channels}: expected a multiple of decoder_heads={heads}, at least 1")
         kinds: Any = {"act_layer": QuickGELU, "norm_layer": nn.LayerNorm}
         blocks = (Block(channels, heads, qkv_bias=True, **kinds) for _ in range(depth))
         self.blocks = nn.Sequential(*blocks)
