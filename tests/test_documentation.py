@@ -71,7 +71,8 @@ def test_other_command(command: Typed) -> None:
         if match := re.search(r"\[([\w,]+)\]$", word):
             assert set(match[1].split(",")) <= extras.keys()
         if re.match(r"(tests|notebooks|docs|wsss)\b.*[\w]$", word) and "[" not in word:
-            assert (ROOT / word).exists(), word
+            module = ROOT / f"{word.replace('.', '/')}.py"  # of python -m
+            assert (module if "-m" in words else ROOT / word).exists(), word
 
 
 @pytest.fixture
