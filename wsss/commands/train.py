@@ -48,6 +48,7 @@ def train(cfg: DictConfig) -> float | None:
             if method.losses:
                 trainer.fit(method, data, ckpt_path=last, weights_only=True)
             else:  # it is complete as it is built
+                method.origin["checkpoint_rule"] = "last"
                 trainer.strategy.connect(method)
                 trainer.save_checkpoint(out / "checkpoints" / "last.ckpt")
             if data.val is not None and log.evaluated != trainer.global_step:
