@@ -169,6 +169,16 @@ def test_attention_is_fused_where_no_patch_is_asked_for_its_own(monkeypatch: pyt
         calls.clear()
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tokens_are_seen_where_the_attention_of_all_blocks_is_asked_for(version: str) -> None:
+    """`wsss-eval detail=true`: then no block is called itself."""
+    method = build(version, attention_layers=3, refine=False).eval()
+    method.measure_details()
+    with method.watching_tokens():
+        method.infer(torch.randn(1, 3, 32, 32))
+    assert method.metrics["over_smoothing"].images == 1
+
+
 def test_blocks_of_another_kind_are_refused() -> None:
     with pytest.raises(InputError, match="has blocks of its own"):
         build(backbone="vit_small_patch16_18x2_224", backbone_args={"depth": 1})

@@ -236,11 +236,18 @@ class Stage(pl.LightningModule):
         blocks, prefix = self.transformer.blocks, self.transformer.num_prefix_tokens
         seen: list[Tensor] = []
 
-        def keep(block: nn.Module, inputs: Any, output: Tensor) -> None:
-            if len(seen) < len(blocks):
-                seen.append(output[:, prefix:])
+        attended: list[Tensor] = []
 
-        hooks = [block.register_forward_hook(keep) for block in blocks]
+        # some methods run the parts of a block themselves, for its attention: what it puts out is the sum of these two
+        def before(norm: nn.Module, inputs: Any) -> None:
+            attended[:] = inputs
+
+        def after(drop: nn.Module, inputs: Any, output: Tensor) -> None:
+            if len(seen) < len(blocks):
+                seen.append((attended[0] + output)[:, prefix:])
+
+        hooks = [block.norm2.register_forward_pre_hook(before) for block in blocks]
+        hooks += [block.drop_path2.register_forward_hook(after) for block in blocks]
         try:
             yield
         finally:
