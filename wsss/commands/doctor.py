@@ -54,7 +54,11 @@ def packages(cfg: DictConfig) -> Iterator[str]:
     """Versions of what wsss declares, and the extras that are complete."""
     from packaging.requirements import Requirement
 
-    declared = [Requirement(line) for line in metadata.requires("wsss") or []]
+    try:
+        declared = [Requirement(line) for line in metadata.requires("wsss") or []]
+    except metadata.PackageNotFoundError as error:
+        root = Path(__file__).parents[2]
+        raise InputError(f"wsss is run from {root} without being installed: pip install -e {root}") from error
     versions: dict[str, str | None] = {}
     for requirement in declared:
         try:

@@ -130,6 +130,10 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     return method, data, skipped
 
 
+STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "ddp_spawn": "ddp_spawn_find_unused_parameters_true"}
+"""Of Lightning, by what is asked for: a loss that is left out, or starts late, leaves parameters without a gradient."""
+
+
 def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog", "Pace"]:
     """The trainer of a run directory, and the callbacks that know the latest figures and how fast it is."""
     from wsss.assemble import build_trainer
@@ -149,7 +153,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     settings = plain_values(cfg.trainer, "trainer")
     interval = min(settings["val_check_interval"], settings["max_steps"])
     log, pace = RunLog(cfg.trainer.log_every_n_steps), Pace()
-    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log, pace]
+    callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
@@ -159,12 +163,14 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         callbacks.append(Showing(data, cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepProgress(log))
+    callbacks.append(pace)  # after what others do at the end of a step, which is no waiting
     trainer = build_trainer(
         settings
         | {
             "val_check_interval": interval,
             "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1,
             "enable_progress_bar": False,  # ours counts steps
+            "strategy": STRATEGIES.get(settings["strategy"], settings["strategy"]),
         },
         logger=loggers,
         callbacks=callbacks,
