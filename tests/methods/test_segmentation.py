@@ -92,7 +92,7 @@ def test_head_learns_faster_and_what_is_frozen_not_at_all(monkeypatch: pytest.Mo
     assert len(body["params"]) + 4 == sum(p.requires_grad for p in stage.parameters())
 
 
-def test_segmenter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segmenter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """WeakTr's last stage: every parameter learns, rates end at a floor, any size."""
     monkeypatch.setattr(Segmentation, "total_steps", 10)
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -111,6 +111,9 @@ def test_segmenter(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = configured["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert schedule(0) == 1
     assert schedule(5) == pytest.approx(0.1 + 0.9 * 0.5**0.9)
+    torch.save(stage.network.encoder.vit.state_dict(), tmp_path / "vit.pth")
+    started = Segmentation(3, backbone_args=small, weights=str(tmp_path / "vit.pth"), **network)
+    assert started.mean == started.std == (0.5, 0.5, 0.5)  # as timm's weights of this network are made with
     with pytest.raises(InputError, match=r"decoder_args.depth is 0"):
         Segmentation(3, backbone_args=small, decoder_args={"depth": 0}, **network)
     with pytest.raises(InputError, match="not a plain vision transformer"):

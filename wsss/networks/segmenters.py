@@ -69,8 +69,11 @@ class Segmenter(nn.Module):
         super().__init__()
         if not isinstance(depth, int) or depth < 1:
             raise InputError(f"decoder_args.depth is {depth!r}: expected a whole number of at least 1")
-        self.normalisation: Normalisation | None = None
         self.encoder = ViTEncoder(backbone, weights, backbone_args, aux_layer=-1)
+        settings: Any = self.encoder.vit.pretrained_cfg
+        self.normalisation: Normalisation | None = (
+            None if weights is None else (tuple(settings["mean"]), tuple(settings["std"]))
+        )
         first: Any = self.encoder.vit.blocks[0]
         assert self.encoder.vit.pos_embed is not None  # ViTEncoder has seen to it
         self.encoder.vit.pos_embed.requires_grad_(True)
