@@ -257,8 +257,9 @@ class MCTEncoder(nn.Module):
             grid = tokens[:, classes:].mT.unflatten(2, size)
             return MCTTokens(class_tokens, grid, attention.unflatten(2, size), related)
         class_tokens = []
-        attention = tokens.new_zeros(len(tokens), classes, patches)
-        related = tokens.new_zeros(len(tokens), patches, patches) if affinity else None
+        # in an export the length of a tensor, unlike its shape, would be a constant
+        attention = tokens.new_zeros(tokens.shape[0], classes, patches)
+        related = tokens.new_zeros(tokens.shape[0], patches, patches) if affinity else None
         for left, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
             last = left <= attention_layers
             if related is None and not last:
