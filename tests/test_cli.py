@@ -307,6 +307,8 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "data.num_workers=0"],
     )
     settings = WEAKTR_OVERRIDES if version == "weaktr" else MCTFORMER_OVERRIDES
+    # affinities of a network that knows nothing make maps so flat that bringing them to [0, 1] magnifies rounding
+    settings = [*settings, "method.refine=false"]
     assert call("train", f"method={version}", *settings, f"hydra.run.dir={run}") == 0
     figures = {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if k.startswith("val/")}
     of_labels = {"map", "image_map", "f1", "image_f1"}
@@ -325,6 +327,7 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     told += [
         "method.background_threshold=0.39",
+        "method.refine=false",
         "method.attention_layers=2",
         "method.backbone=vit_tiny_patch16_224",
         "++method.backbone_args.num_heads=2",
@@ -334,8 +337,8 @@ def test_mctformer(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         asked = ["protocol=single_scale", f"hydra.run.dir={out}"]
         assert call("eval", f"checkpoint={path}", *given, *quiet, *asked) == 0
         measured = json.loads((out / "metrics.json").read_text())
-        # a pixel at a threshold may fall on either side, as rounding depends on where in memory a matrix lies
-        assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(figures, abs=1e-3)
+        # a value at a threshold may differ
+        assert {k: v for k, v in measured.items() if k.startswith("val/")} == pytest.approx(figures, abs=1e-5)
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (45, 30)).save(images / "a.png")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill import settings
-from tiny import call
+from tiny import COSA_OVERRIDES, call
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -26,6 +26,17 @@ def test_two_devices_are_two_batches_a_step(tmp_path: Path) -> None:
     assert one.keys() == both.keys()
     for key, value in one.items():
         torch.testing.assert_close(both[key], value, atol=2e-6, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+def test_two_devices_leave_losses_out(tmp_path: Path) -> None:
+    """A decoder that no loss reaches at first has no gradient to share."""
+    early = "method.warmup_weights={seg: null, swap_cam: null, dense_energy: null}"
+    two = ["trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path}"]
+    arguments = ["method=cosa", *COSA_OVERRIDES, early, "trainer.max_steps=2", *two]
+    done = subprocess.run(["wsss-train", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_global_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -524,12 +524,12 @@ def test_weclip_training(
     found: dict[str, list[Any]] = {key: [] for key in ("seg_loss", "attn_loss", "lr", "Y", "rfm_keep")}
     proper = method.online_label
 
-    def watched(image: Tensor, label: Tensor, seen: Seen, decoded: Decoded) -> Tensor:
+    def watched(image: Tensor, label: Tensor, seen: Seen, decoded: Decoded, max_labels: int) -> Tensor:
         layers = seen.attention[-method.hparams.refine_layers :, :, 1:, 1:]
         kept = agreeing_layers(layers, decoded.affinity)[1].float()
         early = method.global_step < method.hparams.static_steps
         found["rfm_keep"].append(kept * 0 - 1 if early else kept)
-        found["Y"].append(proper(image, label, seen, decoded))
+        found["Y"].append(proper(image, label, seen, decoded, max_labels))
         return arrays["Y"][method.global_step].long()  # a pixel at a tie would change the losses
 
     monkeypatch.setattr(method, "online_label", watched)

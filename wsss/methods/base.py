@@ -78,6 +78,10 @@ class WSSSModule(Stage):
         """
         return None
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # read while the labels are on the host, so that a step knows its number of maps without a sync
+        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
+
     def least_side(self, cell: int) -> int:
         """Of an image that has a cell of so many pixels at all scales of its CAMs and of the protocol."""
         return math.ceil(cell / min(self.protocol.smallest_scale, *self.cam_scales))

@@ -180,10 +180,6 @@ class CoSA(WSSSModule):
         """(B, 3, H, W) -> what the teacher finds, see `Stream.forward`."""
         return self.teacher(image)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # read while the labels are on the host, without a sync in the step
-        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
-
     @property
     def views(self) -> tuple[str, ...]:
         return ("image", "strong_view", "image_box")

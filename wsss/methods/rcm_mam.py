@@ -186,10 +186,6 @@ class RCMMAM(WSSSModule):
         starts = {"rcm": self.hparams.rcm_start, "mam": self.hparams.mam_start}
         return {key: starts.get(key, 0) for key in self.losses}
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # read while the labels are on the host, so that the step knows its number of maps without a sync
-        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         image, label = batch["image"], batch["label"]
         weights = {key: w for key, w in self.loss_weights.items() if self.global_step >= self.loss_starts[key]}

@@ -77,10 +77,6 @@ class SEAM(WSSSModule):
         self.backbone = ResNet38.build(weights, backbone_args)
         self.head = SEAMHead(self.backbone.channels, num_classes, projection, dropout)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # read while the labels are on the host, so that the step knows its number of maps without a sync
-        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         label = batch["label"]
         views = [batch["image"], self.second_view(batch["image"])]

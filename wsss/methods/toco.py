@@ -172,10 +172,6 @@ class ToCo(WSSSModule):
         """Logits (B, C) from the global maximum of each channel of (B, D, h, w)."""
         return classifier(F.adaptive_max_pool2d(patches, 1)).flatten(1)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # read while the labels are on the host, so that PAR knows its number of maps without a sync in the step
-        return batch | {"max_labels": max(1, int(batch["label"].sum(1).max()))}
-
     def phase(self, step: int) -> tuple[Mapping[str, Any], dict[str, float]]:
         """The phase of a step, and the weights of the loss terms that take part in it."""
         phase: Mapping[str, Any] = next((p for p in self.phases if step <= p["until"]), {"weights": {}})

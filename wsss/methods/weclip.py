@@ -213,7 +213,7 @@ class WeCLIP(CLIPMaps):
         image, label = batch["image"], batch["label"]
         seen, dino = self.look(image)
         decoded = self.decode(seen, dino)
-        pseudo = self.online_label(image, label, seen, decoded)
+        pseudo = self.online_label(image, label, seen, decoded, batch.get("max_labels"))
         if self.hparams.ignore_padding:
             pseudo = pseudo.where(box_mask(batch["image_box"], pseudo.shape[-2:]), 255)
         size = pseudo.shape[-2:]
@@ -230,10 +230,12 @@ class WeCLIP(CLIPMaps):
         return self.combine(terms, self.loss_weights)
 
     @torch.no_grad()
-    def online_label(self, image: Tensor, label: Tensor, seen: Seen, decoded: Decoded) -> Tensor:
+    def online_label(
+        self, image: Tensor, label: Tensor, seen: Seen, decoded: Decoded, max_labels: int | None = None
+    ) -> Tensor:
         """(B, H, W) ids that a training batch learns from."""
         cam = self.refined_cam(seen, label, decoded, self.global_step >= self.hparams.static_steps)
-        pseudo = self.pseudo_label(image, cam, label, image.shape[-2:])
+        pseudo = self.pseudo_label(image, cam, label, image.shape[-2:], max_labels)
         own = self.hparams.self_labels
         if own is None or self.global_step < own["step"]:
             return pseudo
@@ -244,13 +246,21 @@ class WeCLIP(CLIPMaps):
         return torch.where(certain, ids, pseudo)
 
     @torch.no_grad()
-    def pseudo_label(self, image: Tensor, cam: Tensor, label: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def pseudo_label(
+        self,
+        image: Tensor,
+        cam: Tensor,
+        label: Tensor,
+        size: Sequence[int] | None = None,
+        max_labels: int | None = None,
+    ) -> Tensor:
         """(B, *size) ids of maps (B, C, h, w) and the background 1 - max after PAR; by default of the maps' size.
 
-        The image, of any size, is brought to that size.
+        The image, of any size, is brought to that size. PAR takes its time for every channel: `max_labels`, at least as
+        many as an image has, or all classes.
         """
         size = tuple(size or cam.shape[-2:])
-        present, index = present_classes(label, max(1, int(label.sum(1).max())))  # PAR takes its time for every channel
+        present, index = present_classes(label, max_labels or self.num_classes)
         maps = resize(of_classes(cam, index, label.shape[1]) * present[:, :, None, None], size)
         scores = torch.cat([1 - maps.amax(1, keepdim=True), maps], dim=1)
         if image.shape[-2:] != size:
