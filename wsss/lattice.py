@@ -74,13 +74,18 @@ class PermutohedralLattice:
 
         # A vertex is a run of equal keys. Where their count is not read back there is room for as many as there can
         # be: the rows beyond stand for the last vertex once more, and nothing refers to them.
-        run = F.pad((keys[1:] != keys[:-1]).cumsum(0), (1, 0))
-        size = int(run[-1]) + 1 if compact else len(run)
-        row = torch.arange(size, device=device)
-        vertex = row.clamp(max=run[-1])
+        begins = keys[1:] != keys[:-1]
+        run = F.pad(begins.cumsum(0), (1, 0))
+        if compact:
+            starts = F.pad(begins.nonzero()[:, 0] + 1, (1, 0))
+            vertex = torch.arange(len(starts), device=device)
+        else:
+            vertex = torch.arange(len(run), device=device)
+            starts = torch.searchsorted(run, vertex)
+            vertex = vertex.clamp(max=run[-1])
+        size = len(starts)
         # numbers of 32 bits, where they suffice, are half of what a filter reads
         number = torch.int32 if len(run) < 2**31 else torch.int64
-        starts = torch.searchsorted(run, row)
         self._starts, self._splat_points = starts.to(number), (order % total).to(number)
         self._splat_weights = barycentric.flatten()[order]
         corners = torch.empty_like(run).scatter_(0, order, run).view(d + 1, total)
