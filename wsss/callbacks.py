@@ -96,6 +96,8 @@ class GatherLosses(pl.Callback):
     def gather(pl_module: pl.LightningModule, loss: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         def gathered(part: Tensor) -> Tensor:  # (B, ...) -> (B * devices, ...)
             parts: Any = pl_module.all_gather(part, sync_grads=part.requires_grad)
+            if parts.requires_grad:
+                parts.register_hook(Tensor.contiguous)  # torch sends gradients back without a look at their strides
             return parts.transpose(0, 1).flatten(0, 1)
 
         return (*tree_map_only(Tensor, gathered, arguments[: loss.over_batch]), *arguments[loss.over_batch :])
@@ -339,7 +341,8 @@ class LastCheckpoint(Checkpoint):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
             self.terminated = True
-            evaluates = self.every is None and (batch_idx + 1) % trainer.val_check_batch == 0
+            interval = trainer.val_check_batch
+            evaluates = self.every is None and interval is not None and (batch_idx + 1) % interval == 0
             if not evaluates and trainer.global_step < trainer.max_steps:
                 if self.step != trainer.global_step:
                     self.save(trainer)
