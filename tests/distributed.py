@@ -157,27 +157,30 @@ def child(arguments: list[str], folder: Path, rank: int, world: int, port: int) 
     os._exit(call("train", *arguments))
 
 
-def train(arguments: list[str], folder: Path, world: int) -> Trained:
-    """Train in new processes that share the global batch.
-
-    Raises:
-        RuntimeError: one of them failed; with what it said.
-    """
+def processes(arguments: list[str], folder: Path, world: int) -> list[int | None]:
+    """Train in so many new processes, as torchrun starts them; their exit codes. What they say is in <rank>.txt."""
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = 20_000 + free.getsockname()[1] % 10_000
-    arguments = [*arguments, f"data.batch_size={4 // world}", f"trainer.devices={world}"]
-    arguments += [f"hydra.run.dir={folder / 'run'}"]
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=child, args=(arguments, folder, rank, world, port)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(300)
-    if any(process.exitcode != 0 for process in ranks):
-        for process in ranks:
-            process.kill()
+        process.kill()
+    return [process.exitcode for process in ranks]
+
+
+def train(arguments: list[str], folder: Path, world: int) -> Trained:
+    """Train in processes that share the global batch.
+
+    Raises:
+        RuntimeError: one of them failed; with what it said.
+    """
+    mine = [f"data.batch_size={4 // world}", f"trainer.devices={world}", f"hydra.run.dir={folder / 'run'}"]
+    if any(code != 0 for code in processes([*arguments, *mine], folder, world)):
         raise RuntimeError("\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.txt"))))
     parts = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
     order = [

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import METHODS, failures, supervise
+from distributed import METHODS, failures, processes, supervise
 from distributed import compare as with_one_process
 from kill import compare, finish, last_step, settings
+from tiny import OVERRIDES
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = [*settings("toco", steps=60, workers=0), "global_batch_size=4", "data.batch_size=2"]
@@ -32,6 +33,16 @@ def supervised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_are_one(method: str, supervised: Path) -> None:
     row = with_one_process(method, supervised / method.replace(" ", "_"))
     assert failures(row) == [], row
+
+
+def test_refusal_reaches_all_processes(trained: Path, tmp_path: Path) -> None:
+    """The first process refuses, and no other waits for it; nor do they begin a sweep each."""
+    sweep = ["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    for more, said in (([f"hydra.run.dir={trained}"], "already holds a run"), (sweep, "would repeat the whole sweep")):
+        folder = tmp_path / said
+        assert processes([*OVERRIDES, *more], folder, world=2) == [2, 2]
+        assert all(said in (folder / f"{rank}.txt").read_text() for rank in range(2))
+    assert (trained / "metrics.json").exists()
 
 
 @pytest.fixture(scope="module")
