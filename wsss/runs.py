@@ -111,7 +111,7 @@ def agree(launch: "ClusterEnvironment", cfg: DictConfig, out: Path, search: bool
         store = PrefixStore(f"wsss/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if rank > 0:
             said = json.loads(store.get("run"))
-            store.set(f"heard by {rank}", "")
+            store.set(f"heard by {rank}", "yes")
         else:
             said = {}
             try:
