@@ -19,6 +19,7 @@ GROUPS = ("method", "dataset", "transform", "refine")
 PLAIN = ("protocol", "trainer", "logger", "pipeline", "pipeline/recipe", "literature", "recipe")
 """Whose files hold values alone."""
 COMMANDS = {"check": "data check", "voc": "data voc", "coco": "data coco", "weights": "data weights"}
+COMMANDS |= {"shards": "data shards", "index": "data index"}
 REPOSITORY = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 

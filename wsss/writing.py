@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and masks in VOC's colours."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -67,10 +68,16 @@ def check_classes(classes: Sequence[str]) -> None:
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """Writes ids, uint8 (H, W), as a PNG with VOC's palette."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette().tobytes())
     with write_whole(path) as file:
-        picture.save(file, "png")
+        file.write(mask_png(mask))
+
+
+def mask_png(mask: np.ndarray) -> bytes:
+    """Ids, uint8 (H, W), as a PNG with VOC's palette."""
+    picture, content = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette(palette().tobytes())
+    picture.save(content, "png")
+    return content.getvalue()
 
 
 def palette() -> np.ndarray:

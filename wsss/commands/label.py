@@ -41,11 +41,11 @@ def label(cfg: DictConfig) -> int:
     from wsss.assemble import quieten
     from wsss.outputs.labels import LabelFolder
     from wsss.report.tables import print_classes
-    from wsss.runs import shared, write_skipped
+    from wsss.runs import share, shared, write_skipped
 
     quieten()
     check_settings(cfg)
-    rank, world = share(cfg, os.environ)
+    rank, world = share(cfg.shards, cfg.shard)
     images, method, origin, skipped = open_all(cfg)
     refine = build_refine(cfg, method)
     origin["settings"] |= flatten(refine.keywords, "refine")
@@ -98,25 +98,6 @@ def check_settings(cfg: DictConfig) -> None:
             "instances=true tells objects apart by the displacements of method=irn: add refine=irn_walk "
             "refine.affinity=FILE, its checkpoint"
         )
-
-
-def share(cfg: DictConfig, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Number of this process, from 0, and how many there are: as given, else of torchrun, else of srun, else alone.
-
-    Image i belongs to process i % world.
-    """
-    if cfg.shards is not None or cfg.shard is not None:
-        known = isinstance(cfg.shards, int) and isinstance(cfg.shard, int)
-        if not known or not 0 <= cfg.shard < cfg.shards:
-            raise InputError(
-                f"shards is {cfg.shards} and shard is {cfg.shard}: expected a number of processes and that of this "
-                "one, from 0"
-            )
-        return cfg.shard, cfg.shards
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in environment and world in environment:
-            return int(environment[rank]), int(environment[world])
-    return 0, 1
 
 
 def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], list[str]]:

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
@@ -75,7 +75,7 @@ class MaskFolder:
         write_lines(self.masks / "class_names.txt", classes)
 
 
-def output_names(paths: Iterable[Path]) -> list[str]:
+def output_names(paths: Iterable[PurePath]) -> list[str]:
     """A name for each relative path: without suffix, or whole where others share the rest.
 
     Whatever is written under one name is written under no other, and is no folder of another, not even where upper
@@ -104,11 +104,11 @@ def output_names(paths: Iterable[Path]) -> list[str]:
     return names
 
 
-def _key(path: str | Path) -> str:
+def _key(path: str | PurePath) -> str:
     """Equal for paths that are one somewhere."""
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
-def _hashed(path: Path, number: int) -> Path:
+def _hashed(path: PurePath, number: int) -> PurePath:
     digest = hashlib.sha256(os.fsencode(path) + bytes(number)).hexdigest()[:12]
     return path.with_name(f"{os.fsencode(path.stem)[:200].decode(errors='ignore')}-{digest}")
