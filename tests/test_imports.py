@@ -31,7 +31,7 @@ LAYERS = {
     "data": {"data", *GROUND},
     "prepare": {"prepare", "data", "places", "shards", "writing"},
     "evaluation": {"evaluation", *GROUND},
-    "outputs": {"outputs", "report", "evaluation", "shards", "writing"},
+    "outputs": {"outputs", "report", "evaluation", "places", "shards", "writing"},
     "report": {"report", "evaluation", "writing"},
     "report/reading": {"config", "evaluation", "runs"},
     "config": set(),

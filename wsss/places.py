@@ -129,13 +129,13 @@ class Part(NamedTuple):
                 content = os.pread(_handle(str(self.shard)).fileno(), self.length, self.offset)
             except OSError as error:
                 raise InputError(
-                    f"{self.shard} cannot be read ({error.strerror}): put it back, or make the shards again."
+                    f"{self.shard} cannot be read ({error.strerror}): put it back, or make it again."
                 ) from error
         if len(content) != self.length or self.checksum not in (None, zlib.crc32(content)):
             ranges = ", from a server that answers ranges" if isinstance(self.shard, Url) else ""
             raise InputError(
                 f"{self} does not hold the {self.length} bytes that its index lists: the shard was cut or changed, "
-                f"copy it again{ranges}, or make the shards again."
+                f"copy it again{ranges}, or make it again."
             )
         return content
 

@@ -1,6 +1,7 @@
 """Run directories: chosen, locked, resumed, finished."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -222,6 +223,11 @@ def lock(out: Path) -> bool:
             return False
         LOCKS[out] = descriptor
     return True
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def share(shards: Any, shard: Any) -> tuple[int, int]:

@@ -90,12 +90,12 @@ def read_index(place: Place, expected: Mapping[str, type]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{place} is damaged: copy it again, or make the shards again.") from error
+        raise InputError(f"{place} is damaged: copy it again, or remove it and make it again.") from error
     found = content.get("version") if isinstance(content, dict) else None
     if found != VERSION:
-        raise InputError(f"{place} is an index of version {found!r}, expected {VERSION}: make the shards again.")
+        raise InputError(f"{place} is an index of version {found!r}, expected {VERSION}: remove it and make it again.")
     if wrong := [key for key, kind in expected.items() if not isinstance(content.get(key), kind)]:
-        raise InputError(f"{place} has no {wrong[0]} as an index has it: make the shards again.")
+        raise InputError(f"{place} has no {wrong[0]} as an index has it: remove it and make it again.")
     return content
 
 
@@ -105,7 +105,8 @@ def check_size(tar: Place, expected: Any) -> None:
         return
     found = f"{tar.stat().st_size} bytes" if tar.is_file() else "no file"
     if found != f"{expected} bytes":
-        raise InputError(f"{tar}: expected {expected} bytes, found {found}: copy it again, or make the shards again.")
+        advice = f"copy it again, or remove its index {tar.stem}.json and make it again"
+        raise InputError(f"{tar}: expected {expected} bytes, found {found}: {advice}.")
 
 
 class Parts(Sequence[Part]):

@@ -37,9 +37,14 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """NaN and infinity are written as null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     with write_whole(path) as file:
-        file.write(f"{json.dumps(finite, indent=2)}\n".encode())
+        file.write(json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """NaN and infinity become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    return f"{json.dumps(finite, indent=2)}\n".encode()
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:

@@ -8,41 +8,17 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from wsss import InputError, printable
+from wsss import InputError
 from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
 from wsss.data.doubts import contents, left_out
 from wsss.data.drawn import DrawnMask, is_export, read_drawn
 from wsss.data.exports import foreign_tool
-from wsss.data.files import first_names, read_image, read_lines, reading
+from wsss.data.files import first_names, read_lines
 from wsss.data.finding import SUFFIXES, find_files, find_images, match
 from wsss.data.labels import Labels, folder_labels, read_labels
-from wsss.data.pixels import reduced
 from wsss.data.words import clean_path, listed_classes
-from wsss.places import Place, Readable, Url, place_of, relative, state
-
-
-class Photographs(Dataset[tuple[Any, Any]]):
-    """Images, reduced where a side is longer than `max_side`, and their own height and width.
-
-    For one that cannot be read, the reason and None.
-    """
-
-    def __init__(self, paths: Sequence[Readable], max_side: int) -> None:
-        self.paths, self.max_side = paths, max_side
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        path = self.paths[index]
-        try:
-            with reading(path, "an image", "make it smaller, or leave it out"):  # there may be no room to reduce it
-                image = read_image(path)
-                return reduced(image, self.max_side), image.shape[:2]
-        except InputError as error:
-            return printable(str(error)), None
+from wsss.places import Place, Url, place_of, relative, state
 
 
 @dataclass(frozen=True)
