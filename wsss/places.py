@@ -78,8 +78,17 @@ class Url:
         return file
 
     def exists(self) -> bool:
-        with self._asked() as (system, path):
-            return bool(system.exists(path))
+        """Where the web refuses it there is nothing either: some hosts say so of what is not there."""
+        if not self.is_web:
+            with self._asked() as (system, path):
+                return bool(system.exists(path))
+        try:
+            self.read(0, 1)
+        except InputError as error:
+            if isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "status", None) == 403:
+                return False
+            raise
+        return True
 
     def files(self) -> list[PurePosixPath]:
         """Relative paths of all that lies below, in order; of a protocol that lists."""
@@ -144,7 +153,7 @@ class Part(NamedTuple):
 
 
 def forget_handles() -> None:
-    """To be called where files may have been replaced."""
+    """Files may have been replaced."""
     _handle.cache_clear()
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from wsss import InputError
-from wsss.places import Part, Place, Url, opened
+from wsss.places import Part, Place, Url, forget_handles, opened
 from wsss.writing import write_json, write_whole
 
 VERSION = 1
@@ -103,6 +103,7 @@ def check_size(tar: Place, expected: Any) -> None:
     """Raises InputError for a tar file here that is missing, or was cut or added to; one elsewhere is met when read."""
     if isinstance(tar, Url):
         return
+    forget_handles()
     found = f"{tar.stat().st_size} bytes" if tar.is_file() else "no file"
     if found != f"{expected} bytes":
         advice = f"copy it again, or remove its index {tar.stem}.json and make it again"

@@ -74,7 +74,7 @@ def survey(
     place = place_of(root)
     classes = listed_classes(place) if classes is None else classes
     if isinstance(place, Url) and place.is_web:  # which lists nothing: the labels name the images
-        said = read_labels(_find(place, labels or "labels.csv"), classes)
+        said = read_labels(place / "labels.csv" if labels is None else _find(place, labels), classes)
         images, unread = _named(place, said), list[PurePath]()
         ids = _ids(place, [path.as_posix() for path in images])  # path -> id
     else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from wsss import InputError
 from wsss.data.base import Inspection, LabelledImages, both_splits, check_split, digest
-from wsss.places import Part, Place, forget_handles, place_of
+from wsss.places import Part, Place, place_of
 from wsss.shards import Parts, check_size, read_index
 
 INDEX = "index.json"
@@ -35,7 +35,6 @@ class Shards(LabelledImages):
 
     def __init__(self, root: str, split: str = "train") -> None:
         check_split(split)
-        forget_handles()
         self.root = place_of(root)
         whole = read_index(self.root / INDEX, {"classes": list, "has_background": bool, "splits": dict})
         classes, listed = whole["classes"], whole["splits"].get(split, [])
