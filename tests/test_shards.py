@@ -371,3 +371,9 @@ def test_labels_of_others(command: Command, tmp_path: Path, photographs: Path) -
                 Shards(str(tmp_path / word))
         else:
             refused(ended, word)
+
+
+def test_without_the_library(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    refused(command("data", "index", "out=x", "tars=a.tar"), "webdataset", "pip install 'wsss[scale]'")
