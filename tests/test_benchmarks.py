@@ -56,5 +56,5 @@ def test_the_script_for_a_gpu_in_small(tmp_path: Path) -> None:
     done = run("gpu", "--tiny", "--json", str(out))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 16
+    assert len(lines) == 14
     assert all(line["ms"] > 0 for line in lines)

@@ -20,7 +20,21 @@ from tiny import MODULES, call
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OTHERS = {"cp", "done", "eval", "export", "for", "mkdir", "mkdocs", "pip", "pre-commit", "pytest", "python"}
+OTHERS = {
+    "GPUS=8",
+    "cp",
+    "done",
+    "eval",
+    "export",
+    "for",
+    "mkdir",
+    "mkdocs",
+    "pip",
+    "pre-commit",
+    "pytest",
+    "python",
+    "sbatch",
+}
 """First words of lines in a shell that are no commands of ours."""
 
 

@@ -134,3 +134,11 @@ def test_hopeless_features_are_refused(bad: float) -> None:
     features[0, 0] = bad
     with pytest.raises(ValueError, match="not finite or spread too far"):
         PermutohedralLattice(features)
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_room_for_all_vertices_that_there_can_be(d: int) -> None:
+    """How a training step on a GPU builds it, which never waits for their number."""
+    features, values = points(2, 50, d), points(2, 50, 3, seed=1)
+    roomy = PermutohedralLattice(features, compact=False).normalise()
+    torch.testing.assert_close(roomy(values), PermutohedralLattice(features).normalise()(values), rtol=0, atol=0)

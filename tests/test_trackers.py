@@ -83,6 +83,18 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert (tmp_path / "log/metrics.csv").exists()
 
 
+def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason='tensorboard is not installed: pip install "wsss[tensorboard]"')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [*STEPS, "logger=tensorboard", f"hydra.run.dir={tmp_path}", "resume=auto"]
+    interrupted(*arguments, step=3)  # step 3 is logged, step 2 saved
+    assert call("train", *arguments) == 0
+    events = EventAccumulator(str(tmp_path / "log"), {"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("val/map")] == [2, 4]
+
+
 def test_tensorboard_is_missed_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,8 +4,10 @@ import csv
 import io
 import math
 import os
+import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from wsss import RunError
 from wsss.evaluation.comparison import COLUMNS
@@ -72,6 +76,31 @@ class StepSeed(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         place = (self.seed, trainer.fit_loop.total_batch_idx, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
+
+
+class GatherLosses(pl.Callback):
+    """Computes losses over the images that all devices have in a batch, where they are no means over images.
+
+    Such a loss, or what makes the prototypes of one, says in `over_batch` how many of its first arguments hold images.
+    These are gathered with their gradients, in the order in which one device would have them, so that the gradient,
+    which devices average, is that of one device with all the images. Memory of these losses grows with the devices.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            for module in pl_module.modules():
+                if getattr(module, "over_batch", 0):
+                    module.register_forward_pre_hook(partial(self.gather, pl_module))
+
+    @staticmethod
+    def gather(pl_module: pl.LightningModule, loss: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        def gathered(part: Tensor) -> Tensor:  # (B, ...) -> (B * devices, ...)
+            parts: Any = pl_module.all_gather(part, sync_grads=part.requires_grad)
+            if parts.requires_grad:
+                parts.register_hook(Tensor.contiguous)  # torch sends gradients back without a look at their strides
+            return parts.transpose(0, 1).flatten(0, 1)
+
+        return (*tree_map_only(Tensor, gathered, arguments[: loss.over_batch]), *arguments[loss.over_batch :])
 
 
 class RunLog(pl.Callback):
@@ -281,11 +310,14 @@ class LastCheckpoint(Checkpoint):
 
     Before, so that an evaluation that fails or is killed costs no training: a run that goes on from there evaluates
     first. After, so that it has nothing to evaluate again, and knows the best checkpoint so far.
+
+    A SIGTERM, as a scheduler sends it some time before it kills, ends the training with a checkpoint of the step that
+    is under way, or an evaluation, before which there was one. All devices then end at the same step, whichever got it.
     """
 
     def __init__(self, path: Path, every: int | None) -> None:
         self.path, self.every, self.step = path, every, -1
-        self.to_evaluate = False
+        self.to_evaluate = self.terminated = False
 
     def save(self, trainer: pl.Trainer) -> None:
         self.step = trainer.global_step
@@ -294,6 +326,8 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # in the place of Lightning's, which waits for the other devices in the midst of a step; it takes it away again
+        signal.signal(signal.SIGTERM, partial(self.terminate, trainer))
         if self.to_evaluate:  # as the training loop does after a step
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -304,6 +338,24 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if self.every is not None and (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches) == 0:
             self.save(trainer)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            self.terminated = True
+            interval = trainer.val_check_batch
+            evaluates = self.every is None and interval is not None and (batch_idx + 1) % interval == 0
+            if not evaluates and trainer.global_step < trainer.max_steps:
+                if self.step != trainer.global_step:
+                    self.save(trainer)
+                raise SIGTERMException
+
+    def terminate(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.terminated and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
+        self.terminated = True
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.terminated:
+            raise SIGTERMException
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.to_evaluate:

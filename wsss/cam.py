@@ -113,7 +113,8 @@ def resize_photograph(image: Tensor, size: Sequence[int], mean: Sequence[float],
     colours = denormalise(image, mean, std).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in colours]
     channels = torch.from_numpy(np.stack(resized)).to(image.device).float().div(255).unbind(-1)
-    return torch.stack([(channel - m) / s for channel, m, s in zip(channels, mean, std, strict=True)], dim=1)
+    scaled = torch.stack([(channel - m) / s for channel, m, s in zip(channels, mean, std, strict=True)], dim=1)
+    return scaled.to(image.dtype)
 
 
 def larger(plain: Tensor, mirrored: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,12 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
 
 def _remove_run(out: Path) -> None:
     """Take back a run directory that holds nothing of use, and what becomes empty above it."""
-    shutil.rmtree(out)
-    for parent in out.parents:
-        if Path.cwd() not in parent.parents or any(parent.iterdir()):
-            break
-        parent.rmdir()
+    with suppress(FileNotFoundError):  # another process of a training on several devices may be at it
+        shutil.rmtree(out)
+        for parent in out.parents:
+            if Path.cwd() not in parent.parents or any(parent.iterdir()):
+                break
+            parent.rmdir()
 
 
 def order_arguments(arguments: list[str]) -> list[str]:

@@ -19,13 +19,15 @@ class PermutohedralLattice:
         features: (B, N, d) positions in units of the kernel's standard deviation (x / sigma_x, ...), no size
             0. float64 gives a filter in double precision, anything else one in float32. The B sets of points
             do not mix. The order of the features matters slightly: the blur takes one axis after another.
+        compact: on a GPU, wait for the number of vertices, which are a fraction of those there can be: a filter then
+            takes a fraction of the time. False never waits, as a training step should not.
 
     Features that are not finite, or spread too far for 64-bit vertex numbers, raise a ValueError on the CPU.
     On a GPU, where looking would stall the stream, the filter then returns NaN.
     """
 
     @torch.no_grad()
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, compact: bool = True) -> None:
         batch, points, d = features.shape
         total, device = batch * points, features.device
         dtype = torch.promote_types(features.dtype, torch.float32)
@@ -70,15 +72,20 @@ class PermutohedralLattice:
         walk = torch.empty_like(wrapped).scatter_(0, wrapped, step[:, None].expand_as(wrapped)).flip(0)
         keys, order = torch.cat([base.view(1, total), -walk[:-1]]).cumsum(0).flatten().sort()
 
-        # A vertex is a run of equal keys. A GPU keeps room for as many as there can be instead of reading
-        # back their count: the rows beyond stand for the last vertex once more, and nothing refers to them.
-        run = F.pad((keys[1:] != keys[:-1]).cumsum(0), (1, 0))
-        size = int(run[-1]) + 1 if device.type == "cpu" else len(run)
-        row = torch.arange(size, device=device)
-        vertex = row.clamp(max=run[-1])
+        # A vertex is a run of equal keys. Where their count is not read back there is room for as many as there can
+        # be: the rows beyond stand for the last vertex once more, and nothing refers to them.
+        begins = keys[1:] != keys[:-1]
+        run = F.pad(begins.cumsum(0), (1, 0))
+        if compact:
+            starts = F.pad(begins.nonzero()[:, 0] + 1, (1, 0))
+            vertex = torch.arange(len(starts), device=device)
+        else:
+            vertex = torch.arange(len(run), device=device)
+            starts = torch.searchsorted(run, vertex)
+            vertex = vertex.clamp(max=run[-1])
+        size = len(starts)
         # numbers of 32 bits, where they suffice, are half of what a filter reads
         number = torch.int32 if len(run) < 2**31 else torch.int64
-        starts = torch.searchsorted(run, row)
         self._starts, self._splat_points = starts.to(number), (order % total).to(number)
         self._splat_weights = barycentric.flatten()[order]
         corners = torch.empty_like(run).scatter_(0, order, run).view(d + 1, total)
@@ -89,8 +96,7 @@ class PermutohedralLattice:
         # Along each axis (V, 3): self, ahead, behind. Whom I have ahead has me behind, so one search finds
         # both, and row `size` takes what does not exist: such a neighbour is the vertex itself, at weight 0.
         self._blurs: list[tuple[Tensor, Tensor]] = []
-        kernel = torch.full((3,), 0.5, dtype=dtype, device=device)
-        kernel[0] = 1
+        kernel = 0.5 ** torch.arange(3, dtype=dtype, device=device).clamp(max=1)  # 1, 1/2, 1/2
         places = keys[starts[vertex]]
         for j in range(d + 1):
             wanted = places + step[j]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
@@ -73,6 +73,16 @@ def parameter_groups(
         if parameter.requires_grad:
             groups[2 * (parameter in fast) + (name.rpartition(".")[2] == "bias")]["params"].append(parameter)
     return groups
+
+
+def adamw(parameters: Sequence[Any], **settings: Any) -> AdamW:
+    """AdamW of parameters or groups of them, in one kernel where all are on a GPU."""
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in parameters]
+    fused = all(parameter.is_cuda for group in groups for parameter in group)
+    optimizer = AdamW(parameters, fused=fused or None, **settings)
+    # gradients are unscaled before it, so that Lightning can clip them in half precision
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def stepwise(optimizer: Optimizer, factor: Callable[[int], float]) -> "OptimizerLRSchedulerConfig":

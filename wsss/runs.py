@@ -11,8 +11,9 @@ import textwrap
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,9 +23,12 @@ from wsss import InputError, RunError, __version__
 from wsss.config import flatten
 from wsss.writing import write_json, write_whole
 
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.environments import ClusterEnvironment
+
 NO_MATTER = re.compile(
-    r"features\..*|hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|strategy|"
-    r"enable_progress_bar)"
+    r"features\..*|hydra\b.*|out|resume|logger\b.*|shards?|(data\.)?num_workers|trainer\.(accelerator|devices|"
+    r"num_nodes|strategy|enable_progress_bar)"
 )
 """Settings that the result of a command does not depend on: where and how it is made."""
 
@@ -32,7 +36,7 @@ NO_MATTER = re.compile(
 def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
     """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
 
-    It is locked until this process ends, however it ends.
+    It is locked until this process ends, however it ends. Of several processes the first one chooses for all.
 
     Args:
         cfg: the composed configuration.
@@ -41,10 +45,17 @@ def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
 
     Raises:
         InputError: the directory holds a run already, or one of another configuration.
-        RunError: another process is at work there.
+        RunError: another process is at work there; or the first process of this training is not to be reached.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # another process of a run whose first one has chosen
+    if (launch := launched_by()) is not None:  # torchrun or srun has started several of this command
+        return agree(launch, cfg, out, search)
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # Lightning has started it from the process that has chosen
         return Path(os.environ.get("WSSS_RUN_DIR", out))
+    return choose(cfg, out, search)
+
+
+def choose(cfg: DictConfig, out: Path, search: bool) -> Path:
+    """`choose_run` of the first process."""
     if cfg.resume == "auto" and (out / "config.yaml").exists():
         if different := differing_keys(cfg, out):
             raise InputError(
@@ -65,6 +76,64 @@ def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
         temporary.unlink()
     os.environ["WSSS_RUN_DIR"] = str(out)
     return out
+
+
+def launched_by() -> "ClusterEnvironment | None":
+    """What has started this process as one of several of a training: torchrun or SLURM's srun; None where it is alone.
+
+    Raises:
+        InputError: srun was not told how many processes a node has.
+    """
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    kinds: tuple[type[ClusterEnvironment], ...] = (TorchElasticEnvironment, SLURMEnvironment)
+    kind = next((kind for kind in kinds if kind.detect()), None)
+    try:
+        environment = None if kind is None else kind()
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
+    return environment if environment is not None and environment.world_size() > 1 else None
+
+
+WAIT = timedelta(minutes=10)
+"""How long the processes of a training wait for each other at its beginning."""
+
+
+def agree(launch: "ClusterEnvironment", cfg: DictConfig, out: Path, search: bool) -> Path:
+    """What the first process chooses, told to the others over the network; as `choose_run`."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    rank, port = launch.global_rank(), launch.main_port
+    # torchrun keeps a store at the port, which outlives its processes; else that port is for Lightning later on
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    port = port if kept else port + (10_000 if port < 50_000 else -10_000)
+    try:
+        store: Any = TCPStore(launch.main_address, port, is_master=rank == 0 and not kept, timeout=WAIT)
+        store = PrefixStore(f"wsss/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if rank > 0:
+            said = json.loads(store.get("run"))
+            store.set(f"heard by {rank}", "yes")
+        else:
+            said = {}
+            try:
+                said["out"] = str(choose(cfg, out, search))
+            except (InputError, RunError) as error:
+                said[type(error).__name__] = str(error)
+            store.set("run", json.dumps(said))
+            store.wait([f"heard by {other}" for other in range(1, launch.world_size())], WAIT)
+    except RuntimeError as error:  # torch's own
+        raise RunError(
+            f"the {launch.world_size()} processes of this training cannot meet at {launch.main_address}:{port} "
+            f"({shorten(error)}): see that all of them were started and reach the first one's node"
+        ) from error
+    for kind in (InputError, RunError):
+        if kind.__name__ in said:
+            raise kind(said[kind.__name__])
+    chosen = Path(said["out"])
+    if rank > 0 and out != chosen:
+        with suppress(OSError):
+            out.rmdir()  # made by Hydra a moment ago
+    return chosen
 
 
 def newest_unfinished(cfg: DictConfig, folder: Path) -> Path | None:
@@ -105,7 +174,7 @@ def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
     if (read_json(run / "run.json") or {}).get("wsss") != __version__:  # which perhaps did not know all keys
         ours = {key: value for key, value in ours.items() if key in theirs}
     different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
-    fixed = () if ours.get("global_batch_size") else ("trainer.devices",)
+    fixed = () if ours.get("global_batch_size") else ("trainer.devices", "trainer.num_nodes")
     return [key for key in different if key in fixed or not NO_MATTER.fullmatch(key)]
 
 

@@ -84,6 +84,15 @@ class Showing(pl.Callback):
         self.data, self.settings = data, settings
 
     @rank_zero_only
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.close()  # the next file says that the later steps, which are made again, are void
+                logger.experiment.purge_step = checkpoint["global_step"] + 1
+
+    @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -43,7 +43,13 @@ def training_batch(method: Any, count: int, side: int) -> dict[str, Any]:
         "global_view": torch.randn(square),
         "local_source": torch.randn(square),
         "image_box": torch.tensor([[0, side, 0, side]]).expand(count, -1),
+        "max_labels": min(3, method.num_classes),  # of an image, as the host counts them
         "pseudo_mask": mask,
         "affinity_label": cells,
+        "strong_view": torch.randn(square),
     }
-    return {name: view for name, view in batch.items() if name in ("label", "image", "image_box", *method.views)}
+    return {name: view for name, view in batch.items() if name in ("label", "max_labels", *method.views)}
+
+
+def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return {key: view.to(device) if isinstance(view, Tensor) else view for key, view in batch.items()}

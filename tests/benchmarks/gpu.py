@@ -5,7 +5,7 @@
 
 First the same numbers as in double precision have to come out; then milliseconds by CUDA events, the median of ten
 rounds after three, and the most memory that was allocated. The variants are settings that a user or we could choose:
-bf16 autocast, attention fused or not, AdamW in one kernel, channels last, torch.compile.
+bf16 autocast, attention fused or not, channels last, torch.compile.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.cases import method_of, optimizer_of, training_batch
+from tests.benchmarks.cases import method_of, on_device, optimizer_of, training_batch
 from tests.benchmarks.refine import colours, scores
 from wsss.lattice import PermutohedralLattice
 from wsss.refine.crf import dense_crf
@@ -84,17 +84,16 @@ class Bench:
         side: int,
         bf16: bool = False,
         fused_attention: bool = True,
-        fused_adamw: bool = False,
         channels_last: bool = False,
         compiled: bool = False,
     ) -> None:
         """A training step of batches that are on the device already."""
-        variant = {"bf16": bf16, "attention not fused": not fused_attention, "fused AdamW": fused_adamw}
+        variant = {"bf16": bf16, "attention not fused": not fused_attention}
         variant |= {"channels last": channels_last, "compiled": compiled}
         words = ", ".join(word for word, on in variant.items() if on) or "fp32"
         method = self.method(name)
         count, side = (2, 32) if self.tiny else (count, side)
-        batch = {key: view.to(self.device) for key, view in training_batch(method, count, side).items()}
+        batch = on_device(training_batch(method, count, side), self.device)
         for module in method.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused_attention
@@ -102,12 +101,8 @@ class Bench:
             method.to(memory_format=torch.channels_last)
             batch["image"] = batch["image"].to(memory_format=torch.channels_last)
         if compiled:
-            getattr(method, NETWORK[name]).compile(backend="eager" if self.tiny else "inductor")
+            getattr(method, NETWORK[name]).compile(backend="eager" if self.tiny else "inductor", dynamic=False)
         optimizer = optimizer_of(method)
-        if fused_adamw:
-            kept = ("params", "lr", "betas", "eps", "weight_decay")
-            groups = [{key: group[key] for key in kept} for group in optimizer.param_groups]
-            optimizer = torch.optim.AdamW(groups, fused=True)
 
         def run() -> None:
             optimizer.zero_grad()
@@ -178,7 +173,6 @@ def main() -> None:
         bench.step(name, count, side)
         bench.step(name, count, side, bf16=True)
         bench.step(name, count, side, bf16=True, fused_attention=False)
-        bench.step(name, count, side, bf16=True, fused_adamw=True)
     for bf16 in (False, True):
         bench.passes("mctformer", 448, bf16)
     for channels_last in (False, True):
@@ -190,7 +184,7 @@ def main() -> None:
     par = PAR().to(bench.device)
     bench.measure("PAR 500 x 375, 21 channels", lambda: par(image / 255, probability))
     for name, count, side in (("toco", 4, 448), ("mctformer", 64, 224)):  # last: compiling takes a minute or two
-        bench.step(name, count, side, bf16=True, fused_adamw=True, compiled=True)
+        bench.step(name, count, side, bf16=True, compiled=True)
     if given.json is not None:
         with given.json.open("a") as file:
             for line in bench.lines:

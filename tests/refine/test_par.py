@@ -1,5 +1,8 @@
 """PAR and the refinement of CAMs against their formulas, written out in float64, and what follows from these."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +13,21 @@ from torch import Tensor
 
 from wsss.refine.par import PAR, refine_cam
 
+INTERPRETED = """
+import torch
+from wsss.refine import kernels
+from wsss.refine.par import PAR
+
+torch.manual_seed(0)
+par = PAR(dilations=(1, 2, 24), iterations=3)
+image, found = torch.rand(2, 3, 19, 23), torch.rand(2, 5, 19, 23)
+image[0, :, :9] = 0.5  # without any differences
+expected = PAR(dilations=(1, 2, 24), iterations=3).double()(image.double(), found.double())
+weights = kernels.weigh(image, par.offsets, par.position, par.w1)
+for _ in range(3):
+    found = kernels.mix(found, weights, par.offsets)
+torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=0)
+"""
 THRESHOLDS = (0.25, 0.7)  # background scores, low and high
 
 
@@ -246,3 +264,11 @@ def test_order_of_classes_does_not_matter(par: PAR, cam: Tensor, label: Tensor) 
     names = torch.arange(256)
     names[1:7] = order + 1
     assert torch.equal(names[turned], plain)
+
+
+def test_kernels_of_a_gpu() -> None:
+    """By triton's interpreter, which runs them on the host; tests/test_gpu.py has them on a device."""
+    pytest.importorskip("triton", reason="triton, with which the kernels are written, is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

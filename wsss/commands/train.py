@@ -1,5 +1,6 @@
 """`wsss-train`: fit a method on a data set, then evaluate it."""
 
+import os
 import resource
 import sys
 import time
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     from wsss.assemble import quieten
     from wsss.runs import choose_run, finished_figures, readable_checkpoint
     from wsss.trackers import ending
 
     started = time.perf_counter()
     quieten()
+    if getattr(rank_zero_only, "rank", 0):  # one process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     check_settings(cfg)
     run = HydraConfig.get()
     named = any(override.startswith("hydra.run.dir=") for override in run.overrides.hydra)
@@ -73,10 +78,14 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         InputError: a number out of range, or a strategy that would repeat a sweep on each device.
     """
+    from wsss.runs import launched_by
+
     strategy = str(cfg.trainer.strategy)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and strategy.startswith("ddp") and strategy != "ddp_spawn":
+    anew = "trainer.strategy=ddp starts" if strategy.startswith("ddp") and strategy != "ddp_spawn" else None
+    anew = "torchrun and srun start" if launched_by() is not None else anew
+    if HydraConfig.get().mode == RunMode.MULTIRUN and anew is not None:
         raise InputError(
-            "trainer.strategy=ddp starts this command anew on each device and would repeat the whole sweep there: "
+            f"{anew} this command anew on each device and would repeat the whole sweep there: "
             "use trainer.strategy=ddp_spawn, or Hydra's submitit launcher"
         )
     intervals = ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps")
@@ -130,17 +139,16 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
     return method, data, skipped
 
 
-STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "ddp_spawn": "ddp_spawn_find_unused_parameters_true"}
-"""Of Lightning, by what is asked for: a loss that is left out, or starts late, leaves parameters without a gradient."""
-
-
 def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Trainer", "RunLog", "Pace"]:
     """The trainer of a run directory, and the callbacks that know the latest figures and how fast it is."""
+    from pytorch_lightning.strategies import DDPStrategy
+
     from wsss.assemble import build_trainer
     from wsss.callbacks import (
         BestCheckpoint,
         CSVLog,
         FiniteLoss,
+        GatherLosses,
         LastCheckpoint,
         Pace,
         RunLog,
@@ -154,6 +162,8 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     interval = min(settings["val_check_interval"], settings["max_steps"])
     log, pace = RunLog(cfg.trainer.log_every_n_steps), Pace()
     callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
+    if cfg.gather_losses:
+        callbacks.append(GatherLosses())
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
@@ -170,7 +180,6 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
             "val_check_interval": interval,
             "accumulate_grad_batches": settings["accumulate_grad_batches"] or 1,
             "enable_progress_bar": False,  # ours counts steps
-            "strategy": STRATEGIES.get(settings["strategy"], settings["strategy"]),
         },
         logger=loggers,
         callbacks=callbacks,
@@ -179,6 +188,9 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         use_distributed_sampler=False,  # our samplers shard themselves
         num_sanity_val_steps=0,
     )
+    if isinstance(trainer.strategy, DDPStrategy):
+        # a loss that is left out, or starts late, leaves parameters without a gradient
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     trainer.accumulate_grad_batches = accumulation(cfg, trainer.world_size)
     # Lightning's interval is of batches, ours of steps
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches

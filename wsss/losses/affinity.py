@@ -61,6 +61,8 @@ class AffinityLoss(nn.Module):
         tensor(0.)
     """
 
+    over_batch = 2
+
     def __init__(self, radius: int = 5, ignore_index: int = 255) -> None:
         super().__init__()
         self.radius, self.ignore_index = radius, ignore_index

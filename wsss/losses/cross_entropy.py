@@ -58,6 +58,8 @@ class BalancedCrossEntropyLoss(nn.Module):
         tensor(0.6931)
     """
 
+    over_batch = 2
+
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()
         self.ignore_index = ignore_index
@@ -84,6 +86,8 @@ class CrossEntropyLoss(nn.Module):
         >>> build("ce")(torch.zeros(1, 2, 1, 4), label)
         tensor(0.6931)
     """
+
+    over_batch = 2
 
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()
@@ -124,6 +128,8 @@ class ClippedCrossEntropyLoss(nn.Module):
         >>> build("ce")(logits, label), build("clipped_ce", start=3.0)(logits, label)
         (tensor(1.5244), tensor(0.9010))
     """
+
+    over_batch = 2
 
     def __init__(self, start: float = 1.2, patch: int = 120, ignore_index: int = 255) -> None:
         super().__init__()

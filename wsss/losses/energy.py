@@ -113,7 +113,7 @@ class DenseEnergyLoss(nn.Module):
         position = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
         position = position.expand(len(image), -1, -1, -1)
         features = torch.cat([position, image / self.sigma_rgb], 1).flatten(2).mT  # (B, h*w, 5)
-        lattice = PermutohedralLattice(features)
+        lattice = PermutohedralLattice(features, compact=features.device.type == "cpu")
         filtered = torch.empty_like(probs)
         for part, result in zip(probs.split(CLASSES, -1), filtered.split(CLASSES, -1), strict=True):
             result.copy_(lattice((part * inside).flatten(1, 2)).view_as(part))

@@ -1,5 +1,7 @@
 """The displacement loss of IRN: vectors that point to the centre of an object's cells."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +18,18 @@ def pair_displacement(displacement: Tensor, radius: int) -> Tensor:
     return torch.stack([start - end for end in ends], dim=2).flatten(3)
 
 
+@lru_cache
+def _offsets(radius: int, device: torch.device) -> Tensor:
+    """(1, 2, K, 1) from the start to the end of all pairs; copied to a device once, since a copy waits for it."""
+    return torch.tensor(pair_offsets(radius), dtype=torch.float32, device=device).view(-1, 2).mT[None, :, :, None]
+
+
 def displacement_terms(displacement: Tensor, label: Tensor, radius: int, ignore_index: int = 255) -> Tensor:
     """The two terms of `DisplacementLoss`, (2,): of pairs of one foreground class, and of background."""
     displacement = displacement.double() if displacement.dtype == torch.double else displacement.float()
     background, foreground, _ = pair_labels(label, radius, ignore_index)
     found = pair_displacement(displacement, radius)
-    offsets = found.new_tensor(pair_offsets(radius)).view(-1, 2).mT[None, :, :, None]  # (1, 2, K, 1)
+    offsets = _offsets(radius, found.device)
     kinds = ((foreground.to(found), (found - offsets).abs()), (background.to(found), found.abs()))
     return torch.stack([(cost * mask[:, None]).sum() / (2 * mask.sum() + 1e-5) for mask, cost in kinds])
 
@@ -52,6 +60,8 @@ class DisplacementLoss(nn.Module):
         >>> build("displacement", radius=5)(0 * centre, torch.zeros(1, 5, 9, dtype=torch.long))
         tensor(0.)
     """
+
+    over_batch = 2
 
     def __init__(self, radius: int = 10, ignore_index: int = 255) -> None:
         super().__init__()

@@ -85,6 +85,8 @@ class PixelPrototypeContrastLoss(nn.Module):
         torch.Size([])
     """
 
+    over_batch = 3
+
     def __init__(
         self,
         temperature: float = 0.1,

@@ -74,6 +74,7 @@ class PrototypeMemory(nn.Module):
         length: how many each class keeps.
     """
 
+    over_batch = 1
     vectors: Tensor
 
     def __init__(self, num_classes: int, dim: int, length: int = 5) -> None:
@@ -111,6 +112,8 @@ class RegionalContrastLoss(nn.Module):
         >>> build("rcm")(features, region, torch.eye(8)[:3])  # three prototypes, none nearer than another
         tensor(1.0986)
     """
+
+    over_batch = 2
 
     def __init__(self, temperature: float = 2.0, use_background: bool = True) -> None:
         super().__init__()

@@ -17,6 +17,9 @@ _Loss = TypeVar("_Loss", bound=type[nn.Module])
 def register(*keys: str) -> Callable[[_Loss], _Loss]:
     """Class decorator that makes a loss available as `build(key)` under each of `keys`.
 
+    A loss that is no mean over images says in `over_batch` how many of its first arguments hold one row for each image:
+    those that `gather_losses=true` brings together from all devices.
+
     Raises:
         ValueError: a key is taken by another class.
     """

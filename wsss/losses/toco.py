@@ -26,6 +26,8 @@ class PatchTokenContrastLoss(nn.Module):
         tensor(0.5000)
     """
 
+    over_batch = 2
+
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()
         self.ignore_index = ignore_index

@@ -47,6 +47,8 @@ class FeatureAffinityLoss(nn.Module):
         tensor(0.3750)
     """
 
+    over_batch = 2
+
     def __init__(self, radius: int = 8, ignore_index: int = 255) -> None:
         super().__init__()
         self.radius, self.ignore_index = radius, ignore_index
@@ -76,6 +78,8 @@ class DiceLoss(nn.Module):
         >>> build("dice")(torch.zeros(1, 2, 1, 2), label)
         tensor(0.6667)
     """
+
+    over_batch = 2
 
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()

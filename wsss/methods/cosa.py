@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import box_mask, larger, min_max, rescale, resize, with_background
@@ -15,7 +14,7 @@ from wsss.methods.base import WSSSModule
 from wsss.methods.toco import ToCo
 from wsss.networks.decoders import LargeFOV
 from wsss.networks.vit import ViTEncoder
-from wsss.optim import stepwise, update_average, warmup_poly
+from wsss.optim import adamw, stepwise, update_average, warmup_poly
 from wsss.refine.par import refine_cam
 
 
@@ -289,7 +288,7 @@ class CoSA(WSSSModule):
                 "lr": self.hparams.lr * self.hparams.head_lr_factor,
             },
         ]
-        optimizer = AdamW(groups, weight_decay=self.hparams.weight_decay)
+        optimizer = adamw(groups, weight_decay=self.hparams.weight_decay)
         warmup = (self.hparams.warmup_steps, self.hparams.warmup_ratio)
         return stepwise(optimizer, warmup_poly(self.total_steps, *warmup, self.hparams.power))
 

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import by_max, reduce
 from wsss.evaluation.protocol import Measured
 from wsss.methods.base import WSSSModule
 from wsss.networks.frozen import FrozenNetwork
-from wsss.optim import cosine, stepwise
+from wsss.optim import adamw, cosine, stepwise
 
 
 class FrozenCAM(WSSSModule):
@@ -131,7 +130,9 @@ class FrozenCAM(WSSSModule):
         return self.combine({"cls": self.losses["cls"](logits, batch["label"])}, self.loss_weights)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = AdamW(self.classifier.parameters(), lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
+        optimizer = adamw(
+            list(self.classifier.parameters()), lr=self.hparams.lr, weight_decay=self.hparams.weight_decay
+        )
         return stepwise(optimizer, cosine(self.total_steps))
 
 

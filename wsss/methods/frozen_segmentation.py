@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import reduce, resize
@@ -16,7 +15,7 @@ from wsss.evaluation.metrics import SegmentationIoU
 from wsss.evaluation.protocol import Measured
 from wsss.methods.segmentation import PixelStage
 from wsss.networks.frozen import FrozenNetwork
-from wsss.optim import cosine, stepwise
+from wsss.optim import adamw, cosine, stepwise
 
 ABSENT = -1e4
 """Score of a class that the classifier does not find: small, but finite, since scores of scales are added."""
@@ -124,7 +123,7 @@ class FrozenSegmentation(PixelStage):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(learnt, lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
+        optimizer = adamw(learnt, lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
         return stepwise(optimizer, cosine(self.total_steps))
 
 

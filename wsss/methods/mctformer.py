@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import min_max
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.mct import MCTEncoder, MCTTokens, global_average_pool, global_weighted_rank_pool
 from wsss.networks.weights import VIT_LAYOUT, compare_layout, vit_arguments
-from wsss.optim import stepwise, warmup_cosine
+from wsss.optim import adamw, stepwise, warmup_cosine
 
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"gap": global_average_pool, "gwrp": global_weighted_rank_pool}
 
@@ -191,7 +190,7 @@ class MCTformer(WSSSModule):
             (free if exempt else decayed).append(parameter)
         groups = [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": self.hparams.weight_decay}]
         lr, epochs, steps = self.hparams.lr, self.hparams.epochs, self.total_steps
-        return stepwise(AdamW(groups, lr=lr), lambda step: self.rate(step * epochs // steps) / lr)
+        return stepwise(adamw(groups, lr=lr), lambda step: self.rate(step * epochs // steps) / lr)
 
     @classmethod
     def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:

@@ -50,6 +50,19 @@ class TwoLayerNet(nn.Module):
         return features, self.fc9(features)
 
 
+class Prototypes(nn.Module):
+    """A rule that makes prototypes of `image_prototypes` of the images of a batch."""
+
+    over_batch = 1
+
+    def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, prototypes: Tensor) -> Tensor:
+        return self.rule(prototypes)
+
+
 class RCMMAM(WSSSModule):
     """A main network that learns from its own moving average, the support network.
 
@@ -135,14 +148,14 @@ class RCMMAM(WSSSModule):
                 raise InputError(f"{name} is {value}: expected 0 to 1")
         self.main = TwoLayerNet(num_classes, features, backbone, weights, backbone_args, freeze_norm)
         self.mean, self.std = self.main.backbone.normalisation or (self.mean, self.std)
-        self.prototype_rules: dict[str, Callable[[Tensor], Tensor]] = {
-            "mean": mean_prototypes,
-            "loo": leave_one_out_prototypes,
+        rules: dict[str, Callable[[], nn.Module]] = {
+            "mean": lambda: Prototypes(mean_prototypes),
+            "loo": lambda: Prototypes(leave_one_out_prototypes),
+            "memory": lambda: PrototypeMemory(num_classes, features),
         }
-        if prototypes == "memory":
-            self.memory = self.prototype_rules["memory"] = PrototypeMemory(num_classes, features)
-        if prototypes not in self.prototype_rules:
+        if prototypes not in rules:
             raise InputError(f"prototypes is {prototypes!r}: expected one of mean, loo, memory")
+        self.memory = rules[prototypes]()  # the others remember nothing
         self.support = deepcopy(self.main).requires_grad_(False).eval()
         if init_checkpoint is not None:
             self.start_from(init_checkpoint)
@@ -209,7 +222,7 @@ class RCMMAM(WSSSModule):
             region = self.region(fused.sum(0), shown, classes)
             seen = self.region(support[1.0], shown, classes)
             own = image_prototypes(outputs[1.0][0], seen, self.num_classes, classes)
-            terms["rcm"] = self.losses["rcm"](features, region, self.prototype_rules[self.hparams.prototypes](own))
+            terms["rcm"] = self.losses["rcm"](features, region, self.memory(own))
         if "mam" in weights:
             part = max(1, int(len(image) * self.hparams.mam_fraction))
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_cam, of_classes, present_classes, resize
@@ -17,7 +16,7 @@ from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.networks.decoders import LargeFOV, Projector
 from wsss.networks.vit import ViTEncoder
 from wsss.networks.weights import VIT_LAYOUT, compare_layout, vit_arguments
-from wsss.optim import stepwise, update_average, warmup_poly
+from wsss.optim import adamw, stepwise, update_average, warmup_poly
 from wsss.refine.par import PAR, refine_cam
 from wsss.refine.thresholds import cam_to_label, region_map
 
@@ -311,7 +310,7 @@ class ToCo(WSSSModule):
                 "lr": self.hparams.lr * self.hparams.head_lr_factor,
             },
         ]
-        optimizer = AdamW(groups, weight_decay=self.hparams.weight_decay)
+        optimizer = adamw(groups, weight_decay=self.hparams.weight_decay)
         warmup = (self.hparams.warmup_steps, self.hparams.warmup_ratio)
         return stepwise(optimizer, warmup_poly(self.total_steps, *warmup, self.hparams.power))
 

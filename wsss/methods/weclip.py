@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_seg, of_classes, present_classes, resize
@@ -17,7 +16,7 @@ from wsss.evaluation.protocol import Measured, Protocol
 from wsss.methods.clip_es import CLIPMaps, unsaid
 from wsss.networks.clip import FeatureCache, Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
-from wsss.optim import stepwise, warmup_poly
+from wsss.optim import adamw, stepwise, warmup_poly
 from wsss.refine.affinity import refined_attention
 from wsss.refine.par import PAR
 
@@ -287,7 +286,7 @@ class WeCLIP(CLIPMaps):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(learnt, lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
+        optimizer = adamw(learnt, lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
         schedule = (self.hparams.warmup_steps, self.hparams.warmup_ratio, self.hparams.power)
         return stepwise(optimizer, warmup_poly(self.total_steps, *schedule))
 

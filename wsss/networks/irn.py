@@ -79,7 +79,11 @@ class DisplacementBranch(nn.Module):
         found: Tensor = self.last(torch.cat(features, dim=1))
         if not self.training:
             return found - self.mean[:, None, None]
-        self.mean.lerp_(found.detach().float().mean(dim=(0, 2, 3)), 0.05)
+        mean = found.detach().mean(dim=(0, 2, 3)).to(self.mean)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)  # else only the first device's images would count
+            mean /= torch.distributed.get_world_size()
+        self.mean.lerp_(mean, 0.05)
         return found
 
 

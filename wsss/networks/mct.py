@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.networks.vit import create_vit
+from wsss.networks.vit import create_vit, resize_grid
 from wsss.networks.weights import is_file, read_state_dict, without_prefixes
 
 
@@ -41,7 +41,7 @@ class JointPosition(nn.Module):
             return self.pos_embed
         grid = _to_grid(patches)
         factors = [(side + 0.1) / grid.shape[-1] for side in size]
-        return torch.cat([class_part, F.interpolate(grid, scale_factor=factors, mode="bicubic").flatten(2).mT], dim=1)
+        return torch.cat([class_part, resize_grid(grid, size, factors).flatten(2).mT], dim=1)
 
     @staticmethod
     def _resized(grid: Tensor, size: tuple[int, int], pixels: tuple[int, int]) -> Tensor:
@@ -49,8 +49,7 @@ class JointPosition(nn.Module):
         g = grid.shape[-1]
         unlike = (pixels[0] - pixels[1]) ** 2 + (size[0] - g) ** 2  # 0 where the table is taken as it is
         surplus = 0.1 * torch.full((), unlike, dtype=torch.float32).clamp(max=1)
-        rows, columns = (_bicubic(side, g, (side + surplus) / g) for side in size)
-        return rows @ grid @ columns.mT
+        return resize_grid(grid, size, [(side + surplus) / g for side in size])
 
     @staticmethod
     def from_pretrained(grid: Tensor, side: int) -> Tensor:
@@ -74,7 +73,7 @@ class SplitPosition(nn.Module):
         """(1, C + h*w, D); see `JointPosition.forward`."""
         patches: Tensor = self.pos_embed_pat
         if not (pixels[0] == pixels[1] and size[0] * size[1] == patches.shape[1]):
-            patches = F.interpolate(_to_grid(patches), size=size, mode="bicubic").flatten(2).mT
+            patches = resize_grid(_to_grid(patches), size).flatten(2).mT
         return torch.cat([self.pos_embed_cls, patches], dim=1)
 
     @staticmethod
@@ -90,16 +89,6 @@ def _to_grid(patches: Tensor) -> Tensor:
     """(1, g*g, D) -> (1, D, g, g)."""
     side = int(patches.shape[1] ** 0.5)
     return patches.mT.unflatten(2, (side, side))
-
-
-def _bicubic(length: int, side: int, scale: Tensor) -> Tensor:
-    """(length, side): the weights by which `F.interpolate(scale_factor=scale, mode="bicubic")` mixes an axis."""
-    at = (torch.arange(length) + 0.5) / scale - 0.5
-    taps = torch.arange(-1, 3)
-    d = (at[:, None] - at[:, None].floor() - taps).abs()  # (length, 4) distances from the four neighbours
-    weights = torch.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
-    neighbours = (at[:, None].floor().long() + taps).clamp(0, side - 1)
-    return (weights[:, :, None] * (neighbours[:, :, None] == torch.arange(side))).sum(1)
 
 
 class MCTTokens(NamedTuple):
@@ -313,8 +302,8 @@ def _trained_size(path: str) -> int:
 def attend(block: nn.Module, tokens: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """What a timm block does to tokens (B, N, D), and the attention (B, rows, N), mean over its heads.
 
-    `rows` is the number of first tokens whose attention is given; None: that of all. One head is held at a time, since
-    those of all heads at once are the most memory that anything takes.
+    `rows` is the number of first tokens whose attention is given; None: that of all. On a processor one head is held at
+    a time, since those of all heads at once are the most memory that anything takes and leave the cache.
     """
     part: Any = block
     layer = part.attn
@@ -322,12 +311,13 @@ def attend(block: nn.Module, tokens: Tensor, rows: int | None = None) -> tuple[T
     queries, keys = layer.q_norm(queries), layer.k_norm(keys)  # (heads, B, N, D / heads)
     drop = layer.attn_drop
     mean = tokens.new_zeros(*tokens.shape[:1], rows or tokens.shape[1], tokens.shape[1])
-    heads = []
-    for q, k, v in zip(queries, keys, values, strict=True):
-        weights = ((q[:, :rows] * layer.scale) @ k.mT).softmax(-1)
-        mean.add_(weights, alpha=1 / layer.num_heads)
+    heads: list[Tensor] = []
+    at_once = layer.num_heads if tokens.is_cuda else 1
+    for q, k, v in zip(*(part.split(at_once) for part in (queries, keys, values)), strict=True):
+        weights = ((q[..., :rows, :] * layer.scale) @ k.mT).softmax(-1)
+        mean.add_(weights.sum(0), alpha=1 / layer.num_heads)
         if rows is None:
-            heads.append(drop(weights) @ v)
+            heads.extend(drop(weights) @ v)
     if rows is None:
         mixed = torch.stack(heads, 2)  # (B, N, heads, D / heads)
     else:

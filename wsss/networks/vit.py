@@ -2,12 +2,11 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -79,7 +78,7 @@ class ViTEncoder(nn.Module):
         grid = position[:, 1:]
         side = int(grid.shape[1] ** 0.5)
         grid = grid.transpose(1, 2).unflatten(2, (side, side))
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+        grid = resize_grid(grid, (h, w))
         first = (class_token + position[:, :1]).expand(image.shape[0], -1, -1)
         return torch.cat([first, (patches + grid).flatten(2).transpose(1, 2)], dim=1), (h, w)
 
@@ -98,6 +97,31 @@ class ViTEncoder(nn.Module):
 
 def _grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens[:, 1:].transpose(1, 2).unflatten(2, size)
+
+
+def resize_grid(grid: Tensor, size: tuple[int, int], scale: Sequence[float | Tensor] | None = None) -> Tensor:
+    """`F.interpolate(mode="bicubic")` of (1, D, g, k) to (1, D, h, w), as two products with matrices.
+
+    torch's kernel for GPUs goes through all D channels in one thread, and its gradient is a sum in any order.
+    `scale` are the factors, h / g and w / k unless given.
+    """
+    factors = scale or [length / side for length, side in zip(size, grid.shape[-2:], strict=True)]
+    with torch.autocast(grid.device.type, enabled=False):
+        rows, columns = (
+            bicubic(length, side, factor, grid.device).to(grid)
+            for length, side, factor in zip(size, grid.shape[-2:], factors, strict=True)
+        )
+        return rows @ grid @ columns.mT
+
+
+def bicubic(length: int, side: int, scale: float | Tensor, device: torch.device) -> Tensor:
+    """(length, side): the weights by which bicubic interpolation (a = -0.75) by a factor mixes an axis."""
+    at = (torch.arange(length, device=device) + 0.5) * (1 / scale) - 0.5
+    taps = torch.arange(-1, 3, device=device)
+    d = (at[:, None] - at[:, None].floor() - taps).abs()  # (length, 4) distances from the four neighbours
+    weights = torch.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
+    neighbours = (at[:, None].floor().long() + taps).clamp(0, side - 1)
+    return (weights[:, :, None] * (neighbours[:, :, None] == torch.arange(side, device=device))).sum(1)
 
 
 def create_vit(backbone: str, weights: str | None, arguments: dict[str, Any]) -> tuple[VisionTransformer, str | None]:

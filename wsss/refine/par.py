@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from wsss.cam import of_classes, present_classes, resize
 
+TRITON = find_spec("triton") is not None  # torch comes with it where it comes with CUDA
 OFFSETS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
@@ -41,6 +43,8 @@ class PAR(nn.Module):
         position = -((distance / (distance.std() + 1e-8) / w1) ** 2)
         self.position: Tensor
         self.register_buffer("position", w2 * position.softmax(0), persistent=False)  # (N,)
+        self.offsets: Tensor
+        self.register_buffer("offsets", torch.tensor(self.shifts, dtype=torch.int32), persistent=False)  # (N, 2)
 
     def neighbours(self, maps: Tensor) -> list[Tensor]:
         """Maps (B, K, h, w) seen from each neighbour: N views of one replicate-padded copy."""
@@ -79,6 +83,13 @@ class PAR(nn.Module):
         """
         if masks.shape[-2:] != image.shape[-2:]:
             masks = F.interpolate(masks, size=image.shape[-2:], mode="bilinear", align_corners=True)
+        if image.is_cuda and image.dtype == masks.dtype == torch.float32 and TRITON:
+            from wsss.refine import kernels  # triton takes a second to import
+
+            together = kernels.weigh(image, self.offsets, self.position, self.w1)
+            for _ in range(self.iterations):
+                masks = kernels.mix(masks, together, self.offsets)
+            return masks
         weights = self.weights(image)[:, :, None].unbind(1)  # N of (B, 1, h, w), shared by the channels
         for _ in range(self.iterations):
             refined = torch.zeros_like(masks)
