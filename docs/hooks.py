@@ -18,7 +18,7 @@ GROUPS = ("method", "dataset", "transform", "refine")
 """Whose files list the arguments of a class or a function."""
 PLAIN = ("protocol", "trainer", "logger", "pipeline", "pipeline/recipe", "literature", "recipe")
 """Whose files hold values alone."""
-COMMANDS = {"check": "data check", "voc": "data voc", "coco": "data coco", "weights": "data weights"}
+COMMANDS = {word: f"data {word}" for word in ("check", "voc", "coco", "shards", "index", "weights")}
 REPOSITORY = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 

@@ -37,6 +37,13 @@ def test_gradients_beside_those_of_another_checkout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_shards_are_read_over_http() -> None:
+    done = run("sources", "bytes of shards http", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("bytes of shards http")
+
+
+@pytest.mark.slow
 def test_an_unknown_case_is_refused() -> None:
     done = run("refine", "crfs")
     assert done.returncode == 2

@@ -258,7 +258,7 @@ def test_no_image_ends_a_prediction(
     assert Image.open(out / "masks/strip.png").size == (65535, 33)
     assert Image.open(out / "overlays/strip.jpg").size == (1024, 32)
     fault = errno.ENOSPC  # nor has the next one any room
-    assert command("predict", *arguments, "num_workers=0").code == 1
+    assert command("predict", *arguments, "num_workers=0", f"out={tmp_path / 'other'}").code == 1
 
 
 def test_the_protocol_of_a_checkpoint_is_that_of_masks_and_of_no_evaluation(

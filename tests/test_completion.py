@@ -57,7 +57,7 @@ def test_words_of_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setenv("COMP_LINE", "wsss-data ")
     monkeypatch.setenv("COMP_POINT", "10")
     assert call("data", "-sc", "query=bash") == 0
-    assert capsys.readouterr().out.split() == ["check", "voc", "coco", "weights"]
+    assert capsys.readouterr().out.split() == ["check", "voc", "coco", "shards", "index", "weights"]
 
 
 def test_configuration_of_a_run_is_printed_at_the_end_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[DictConfig]:
     for name in ("train", "evaluate", "label", "predict", "export", "report", "doctor"):
         stub(importlib.import_module(f"wsss.commands.{name}"), name)
     data, run = (importlib.import_module(f"wsss.commands.{name}") for name in ("data", "run"))
-    for name in ("check", "voc", "coco", "weights"):
+    for name in ("check", "voc", "coco", "shards", "index", "weights"):
         stub(data, name)
     monkeypatch.setattr(run, "data_fingerprint", lambda values, out: "data")
     monkeypatch.setattr(run, "run_stages", lambda stages, *_, **__: found.extend(stages) or {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wsss"
-GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "writing"}
+GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "places", "shards", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "checkpoints", "commandline", "config", "data", "evaluation", "methods",
     "networks", "outputs", "predictor", "refine", "report", "runs", "stored", "trackers",
@@ -29,14 +29,15 @@ LAYERS = {
     "losses": {"losses", "lattice", "cam", "pairs"},
     "refine": {"refine", "lattice", "cam", "pairs"},
     "data": {"data", *GROUND},
-    "prepare": {"prepare", "data", "writing"},
+    "prepare": {"prepare", "data", "places", "shards", "writing"},
     "evaluation": {"evaluation", *GROUND},
-    "outputs": {"outputs", "report", "evaluation", "writing"},
+    "outputs": {"outputs", "report", "evaluation", "places", "shards", "writing"},
     "report": {"report", "evaluation", "writing"},
     "report/reading": {"config", "evaluation", "runs"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},
+    "shards": {"places", "writing"},
     "stored": {"networks", "pickles"},
     "__init__": {"predictor"},
 }
@@ -50,6 +51,8 @@ OUTSIDE = {
     "wandb": set(),
     "pydensecrf": {"refine/crf"},
     "altair": {"report/charts"},
+    "fsspec": {"places"},
+    "webdataset": {"prepare/shards"},
     "vl_convert": {"report/page"},
     "segmentation_models_pytorch": {"networks/segmenters"},
     "open_clip": {"networks/clip"},

@@ -142,9 +142,9 @@ def test_a_test_set_may_show_fewer_classes(command: Command, photographs: Path, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "expected check, voc, coco, weights, found nothing"),
+        ([], "expected check, voc, coco, shards, index, weights, found nothing"),
         (["chek"], "found chek"),
-        (["check", "dataset=foldr"], "known are coco, folder, shapes, voc"),
+        (["check", "dataset=foldr"], "known are coco, folder, shapes, shards, voc"),
         (["check", "dataset=folder"], "dataset.root is not set"),
         (["check", "dataset=folder", "dataset.root=/nowhere"], "/nowhere"),
         (["voc"], "root is not set"),

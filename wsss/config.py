@@ -38,6 +38,7 @@ PATH_KEYS = {
     "root",
     "sbd_md5",
     "sbd_url",
+    "tars",
     "text",
     "train",
     "val",

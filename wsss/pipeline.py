@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss import InputError, RunError, __version__
-from wsss.runs import NO_MATTER, read_json
+from wsss.runs import NO_MATTER, read_json, sha256
 from wsss.writing import write_json
 
 MODULES = {"train": "train", "label": "label", "eval": "evaluate"}
@@ -115,11 +115,6 @@ def data_fingerprint(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
                     count += 1
                     digests["files"].update(name + f" {status.st_size} {status.st_mtime_ns} ".encode())
     return {"values": dict(values), "count": count} | {key: digest.hexdigest() for key, digest in digests.items()}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished(stage: Stage, records: Mapping[str, Any]) -> dict[str, Any] | None:

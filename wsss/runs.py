@@ -1,6 +1,7 @@
 """Run directories: chosen, locked, resumed, finished."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -291,6 +292,32 @@ def lock(out: Path) -> bool:
             return False
         LOCKS[out] = descriptor
     return True
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share(shards: Any, shard: Any) -> tuple[int, int]:
+    """Number of this process, from 0, and how many there are: as given, else of torchrun, else of srun, else alone.
+
+    Image i belongs to process i % world.
+
+    Raises:
+        InputError: values that are no number of a process among several.
+    """
+    if shards is not None or shard is not None:
+        known = isinstance(shards, int) and isinstance(shard, int)
+        if not known or not 0 <= shard < shards:
+            raise InputError(
+                f"shards is {shards} and shard is {shard}: expected a number of processes and that of this one, from 0"
+            )
+        return shard, shards
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and masks in VOC's colours."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -36,9 +37,14 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """NaN and infinity are written as null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     with write_whole(path) as file:
-        file.write(f"{json.dumps(finite, indent=2)}\n".encode())
+        file.write(json_bytes(content))
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """NaN and infinity become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    return f"{json.dumps(finite, indent=2)}\n".encode()
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
@@ -67,10 +73,16 @@ def check_classes(classes: Sequence[str]) -> None:
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """Writes ids, uint8 (H, W), as a PNG with VOC's palette."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette().tobytes())
     with write_whole(path) as file:
-        picture.save(file, "png")
+        file.write(mask_png(mask))
+
+
+def mask_png(mask: np.ndarray) -> bytes:
+    """Ids, uint8 (H, W), as a PNG with VOC's palette."""
+    picture, content = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette(palette().tobytes())
+    picture.save(content, "png")
+    return content.getvalue()
 
 
 def palette() -> np.ndarray:

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 import wsss.data.base
-import wsss.data.folder
 from wsss import InputError
 from wsss.data.datamodule import DataModule
 from wsss.data.files import read_image
 from wsss.data.finding import find_images, match
-from wsss.data.folder import Folder, Photographs, survey
+from wsss.data.folder import Folder, survey
+from wsss.data.photographs import Photographs
 from wsss.data.transforms import FlipCrop
 
 DATA = os.environ.get("WSSS_TEST_DATA")
@@ -224,7 +224,7 @@ def test_what_has_no_counterpart_is_refused(root: Path) -> None:
 
 
 def test_survey_lists_what_does_not_fit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsss.data.folder, "read_image", None)
+    monkeypatch.setattr(wsss.data.base, "read_image", None)
     (root / "new.jpg").touch()
     (root / "labels.csv").write_text(LABELS + "gone.jpg,dog\n")
     found = survey(str(root), classes=["dog", "cow", "cat"])

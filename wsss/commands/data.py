@@ -23,6 +23,10 @@ wsss-data voc root=DIR
     VOC 2012 with the masks of SBD: download, train_aug, masks, image-level labels
 wsss-data coco root=DIR
     COCO 2014: masks and image-level labels from the instances files
+wsss-data shards out=SHARDS dataset=NAME [dataset.KEY=VALUE ...]
+    tar files with an index, which dataset=shards reads from a disk or a URL
+wsss-data index out=SHARDS tars=FILES
+    the same index for tar files that others have written for WebDataset
 wsss-data weights
     ImageNet weights: what can be had from where, and what is on this machine
 Each says with --help what can be set."""
@@ -150,6 +154,58 @@ def coco(cfg: DictConfig) -> int:
     return made
 
 
+def shards(cfg: DictConfig) -> int:
+    """Write what is missing of this process's share, and the index once all is there; returns the number of images."""
+    from wsss.assemble import open_images
+    from wsss.prepare.shards import is_written, planned, write_list, write_shard
+    from wsss.report.tables import progress
+    from wsss.runs import share, shared, write_skipped
+
+    for key, least in (("images_per_shard", 1), ("num_workers", 0)):
+        if not isinstance(cfg[key], int) or cfg[key] < least:
+            raise InputError(f"{key} is {cfg[key]!r}: expected a whole number of at least {least}")
+    rank, world = share(cfg.shards, cfg.shard)
+    values, out = plain_values(cfg.dataset, "dataset"), Path(cfg.out).expanduser()
+    sets, skipped = {}, list[str]()
+    for split in ("train", "val"):
+        sets[split], bad = open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, cfg.num_workers)
+        skipped += bad
+    first = sets["train"] or sets["val"]
+    if first is None:
+        raise InputError("the data set has no image: name some as dataset.train or dataset.val")
+    plan = {split: planned(split, images, cfg.images_per_shard) for split, images in sets.items()}
+    every = [shard for listed in plan.values() for shard in listed]
+    out.mkdir(parents=True, exist_ok=True)
+    with shared(out):
+        if rank == 0:
+            write_skipped(out, skipped)
+        pending = [shard for shard in every[rank::world] if not is_written(out, shard)]
+        for shard in pending:
+            write_shard(out, shard, cfg.num_workers, partial(progress, description=shard.name))
+        written = sum(len(shard.indices) for shard in pending)
+        of = f", share {rank} of {world}" if world > 1 else ""
+        print(f"{len(pending)} of {len(every)} shards written{of}, {written} images -> {out}")
+        if missing := sum(not is_written(out, shard) for shard in every):
+            print(f"{missing} shards are not there yet: who writes the last one writes the index")
+        else:
+            names = {split: [shard.name for shard in listed] for split, listed in plan.items()}
+            write_list(out, first.classes, first.has_background, names)
+            print(f"dataset=shards dataset.root={out} reads them")
+    return written
+
+
+def index(cfg: DictConfig) -> int:
+    """Index tar files that others have written; returns the number of images."""
+    from wsss.prepare.shards import index_foreign
+    from wsss.report.tables import progress
+
+    given, out = [cfg.tars] if isinstance(cfg.tars, str) else list(cfg.tars), Path(cfg.out).expanduser()
+    classes = None if cfg.classes is None else list(cfg.classes)
+    found = index_foreign(given, out, classes, cfg.split, partial(progress, description="passing over"))
+    print(f"{found} images in {out}; dataset=shards dataset.root={out} reads them where they are")
+    return found
+
+
 WIDE = 1000
 """Columns of a table that is not looked at in a terminal: nothing in it is folded, so that it can be searched."""
 
@@ -222,7 +278,7 @@ def complete(tasks: Mapping[str, Callable[[DictConfig], int]]) -> None:
 
 
 def main() -> None:
-    tasks = {"check": check, "voc": voc, "coco": coco, "weights": weights}
+    tasks = {"check": check, "voc": voc, "coco": coco, "shards": shards, "index": index, "weights": weights}
     word = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if word in ("-sc", "--shell-completion"):
         sys.argv.insert(1, word)

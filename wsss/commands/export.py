@@ -150,7 +150,7 @@ class Masks:
         else:
             folder = source / "masks" if (source / "masks").is_dir() else source
             paths = {p: path for p, path in find_images(folder, "masks").items() if p.suffix.lower() == ".png"}
-            self.found = {p.with_suffix("").as_posix(): path for p, path in paths.items()}
+            self.found = {p.with_suffix("").as_posix(): path for p, path in paths.items() if isinstance(path, Path)}
             self.files = {name: f"{name}.jpg" for name in self.found}
         if not self.found:
             raise InputError(f"masks={source} holds no mask: give a folder of PNGs, or finished annotations")

@@ -1,6 +1,5 @@
 """`wsss-label`: pseudo masks of a data set from the CAMs of a method and the image-level labels."""
 
-import hashlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from wsss.config import (
     flatten,
     plain_values,
 )
+from wsss.runs import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,11 +41,11 @@ def label(cfg: DictConfig) -> int:
     from wsss.assemble import quieten
     from wsss.outputs.labels import LabelFolder
     from wsss.report.tables import print_classes
-    from wsss.runs import shared, write_skipped
+    from wsss.runs import share, shared, write_skipped
 
     quieten()
     check_settings(cfg)
-    rank, world = share(cfg, os.environ)
+    rank, world = share(cfg.shards, cfg.shard)
     images, method, origin, skipped = open_all(cfg)
     refine = build_refine(cfg, method)
     origin["settings"] |= flatten(refine.keywords, "refine")
@@ -53,7 +53,10 @@ def label(cfg: DictConfig) -> int:
         origin["settings"]["refine.affinity_sha256"] = sha256(cfg.refine.affinity)
         origin["loaded"] = list(dict.fromkeys(words for network in (method, *refine.args) for words in network.told))
     optional = {"cams": cfg.cams, "scores": cfg.scores, "overlays": cfg.overlay, "instances": cfg.instances}
-    folder = LabelFolder(Path(cfg.out).expanduser(), origin, ["masks", *(kind for kind in optional if optional[kind])])
+    if cfg.output != "files":
+        origin["settings"]["output"] = cfg.output
+    kinds = ["masks", *(kind for kind in optional if optional[kind])]
+    folder = LabelFolder(Path(cfg.out).expanduser(), origin, kinds, cfg.output, cfg.images_per_tar)
     ids = list(images.ids)
     with shared(folder.out):
         folder.begin()
@@ -61,9 +64,12 @@ def label(cfg: DictConfig) -> int:
             write_skipped(folder.out, skipped)
         pending = [index for index in range(rank, len(ids), world) if not folder.has(ids[index])]
         source = with_known_features(cfg, method, images, pending)
-        failed = make(source, pending, folder, method, refine, cfg.num_workers)
+        try:
+            failed = make(source, pending, folder, method, refine, cfg.num_workers)
+        finally:
+            folder.store.close()
         of = f", share {rank} of {world}" if world > 1 else ""
-        print(f"{len(pending) - len(failed)} masks made{of} -> {folder.files.masks}")
+        print(f"{len(pending) - len(failed)} masks made{of} -> {folder.files.made}")
         if failed:
             raise InputError(
                 f"{len(failed)} images could not be used and have no mask, so that there is no manifest: "
@@ -98,25 +104,6 @@ def check_settings(cfg: DictConfig) -> None:
             "instances=true tells objects apart by the displacements of method=irn: add refine=irn_walk "
             "refine.affinity=FILE, its checkpoint"
         )
-
-
-def share(cfg: DictConfig, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Number of this process, from 0, and how many there are: as given, else of torchrun, else of srun, else alone.
-
-    Image i belongs to process i % world.
-    """
-    if cfg.shards is not None or cfg.shard is not None:
-        known = isinstance(cfg.shards, int) and isinstance(cfg.shard, int)
-        if not known or not 0 <= cfg.shard < cfg.shards:
-            raise InputError(
-                f"shards is {cfg.shards} and shard is {cfg.shard}: expected a number of processes and that of this "
-                "one, from 0"
-            )
-        return cfg.shard, cfg.shards
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in environment and world in environment:
-            return int(environment[rank]), int(environment[world])
-    return 0, 1
 
 
 def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], list[str]]:
@@ -181,11 +168,6 @@ def with_known_features(cfg: DictConfig, method: "WSSSModule", images: "Images",
     some, wanted = ImageSubset(images, pending), [names[index] for index in pending]
     store = with_features(cfg, method, some, wanted, cfg.num_workers)[0].store
     return FeatureImages(images, store, names, pooled=False, window=0)
-
-
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_refine(cfg: DictConfig, method: "WSSSModule") -> "partial[Refined]":
@@ -281,9 +263,8 @@ def make(
                 truth = images.truth(index, mask)
             except InputError:  # `measure` tells of it: masks are made all the same
                 truth = None
-            if truth is not None:
-                folder.write_counts(name, count_cam(cams, truth, method.background_threshold))
-            folder.write(name, mask, item["image"], cams, scores, instances)
+            counts = None if truth is None else count_cam(cams, truth, method.background_threshold)
+            folder.write(name, mask, item["image"], cams, scores, instances, counts)
     return failed
 
 

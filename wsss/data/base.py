@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from wsss import InputError, printable
 from wsss.data.drawn import DrawnMask
 from wsss.data.files import first_names, image_size, read_image, read_truth
+from wsss.places import Readable
 from wsss.writing import check_classes
 
 T = TypeVar("T")
@@ -37,14 +37,14 @@ class Images(Dataset[dict[str, Any]], ABC):
         classes: names of the C foreground classes.
         has_masks: whether items have a mask; to be False in training.
         has_background: False where the classes cover the whole image.
-        images: the files of all items, where they are files.
+        images: what the images of all items are read from, where they are files or parts of some.
         labels: float32 (N, C) of all items, where they are known without opening any.
     """
 
     classes: tuple[str, ...]
     has_masks: bool = True
     has_background: bool = True
-    images: Sequence[Path] = ()
+    images: Sequence[Readable] = ()
     labels: np.ndarray | None = None
 
     @abstractmethod
@@ -123,14 +123,14 @@ class LabelledImages(Images):
         self,
         classes: Sequence[str],
         ids: Sequence[str],
-        images: Sequence[Path],
+        images: Sequence[Readable],
         labels: np.ndarray,
-        masks: Sequence[Path | DrawnMask] | None = None,
+        masks: Sequence[Readable | DrawnMask] | None = None,
     ) -> None:
         self.classes, self._ids = tuple(classes), list(ids)
-        self.images, self.labels, self.masks = list(images), labels, masks
+        self.images, self.labels, self.masks = images, labels, masks
         self.has_masks = masks is not None
-        self._truths: Mapping[str, Path | DrawnMask] | None = (
+        self._truths: Mapping[str, Readable | DrawnMask] | None = (
             None if masks is None else dict(zip(ids, masks, strict=True))
         )
 
@@ -138,7 +138,7 @@ class LabelledImages(Images):
     def ids(self) -> list[str]:
         return self._ids
 
-    def true_masks(self) -> Mapping[str, Path | DrawnMask]:
+    def true_masks(self) -> Mapping[str, Readable | DrawnMask]:
         """The files of true masks that there are, by id, where the items have none."""
         return {}
 
@@ -148,7 +148,7 @@ class LabelledImages(Images):
         mask = self._truths.get(self.ids[index])
         return None if mask is None else self._open_mask(mask, image)
 
-    def _open_mask(self, mask: Path | DrawnMask, image: np.ndarray) -> np.ndarray:
+    def _open_mask(self, mask: Readable | DrawnMask, image: np.ndarray) -> np.ndarray:
         return mask.draw(image.shape[:2]) if isinstance(mask, DrawnMask) else read_truth(mask, image, len(self.classes))
 
     def __len__(self) -> int:

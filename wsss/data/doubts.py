@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from wsss import InputError
 from wsss.data.base import Images, ImageSubset
 from wsss.data.files import AVIF, first_names, open_image, reading
 from wsss.data.finding import kinds
+from wsss.places import Place, state
 
 T = TypeVar("T")
 LOOKED_AT, DECODED = 500, 100
@@ -101,9 +102,10 @@ def sample(images: Images, most: int = 64) -> Images:
 
 def shared(train: Images, val: Images) -> list[str]:
     """A sentence where images to evaluate on are trained on too: the same files, links to them, or copies."""
-    sides = [{path: path.stat() for path in images.images} for images in (train, val)]
+    files = [[path for path in images.images if isinstance(path, Path)] for images in (train, val)]
+    sides = [{path: path.stat() for path in paths} for paths in files]
     places = {(status.st_dev, status.st_ino) for status in sides[0].values()}
-    again = {path for path, status in sides[1].items() if (status.st_dev, status.st_ino) in places}
+    again: set[Any] = {path for path, status in sides[1].items() if (status.st_dev, status.st_ino) in places}
     sides[1] = {path: status for path, status in sides[1].items() if path not in again}
     sizes = [{status.st_size for status in side.values()} for side in sides]
     alike = [(s.st_size, p, n) for n in (0, 1) for p, s in sides[n].items() if s.st_size in sizes[1 - n]]
@@ -114,6 +116,10 @@ def shared(train: Images, val: Images) -> list[str]:
             with suppress(OSError):  # one that cannot be read is said when it is loaded
                 known[side][hashlib.sha256(path.read_bytes()).digest()].append(path)
     again |= {path for key in known[0].keys() & known[1].keys() for path in known[1][key]}
+    others = [
+        {state(place): place for place in images.images if not isinstance(place, Path)} for images in (train, val)
+    ]
+    again |= {others[1][key] for key in others[0].keys() & others[1].keys()}
     part = f" (of files of equal size {COMPARED_BYTES >> 20} MB were compared, not all)" if left < 0 else ""
     if not again:
         return [f"no image to evaluate on was found among those trained on{part}"] if part else []
@@ -123,7 +129,7 @@ def shared(train: Images, val: Images) -> list[str]:
     ]
 
 
-def left_out(root: Path, images: Collection[Path], unread: Sequence[Path], folders: bool = False) -> list[str]:
+def left_out(root: Place, images: Collection[PurePath], unread: Sequence[PurePath], folders: bool = False) -> list[str]:
     """On image files of kinds that are not read, by relative paths; `folders` where each folder is a class."""
     if not unread:
         return []
@@ -155,12 +161,13 @@ def _head(path: Path) -> _Head | None:
         return None
 
 
-def contents(images: Mapping[Path, Path]) -> list[str]:
+def contents(images: Mapping[PurePath, Place]) -> list[str]:
     """On frames that are not read, on more than 8 bits a pixel, and on masks among photographs: relative path -> path.
 
     Looks at so many files at most, evenly spread, so that a large folder does not take long.
     """
-    looked = [path for path in images.values() if path.suffix.lower() not in (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp")]
+    files = {relative: path for relative, path in images.items() if isinstance(path, Path)}  # others take a request
+    looked = [path for path in files.values() if path.suffix.lower() not in (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp")]
     of = f" (of {LOOKED_AT} looked at)" if len(looked) > LOOKED_AT else ""
     heads = {path: head for path in _spread(looked, LOOKED_AT) if (head := _head(path))}
     notes = []
@@ -177,7 +184,7 @@ def contents(images: Mapping[Path, Path]) -> list[str]:
         )
     if deep := [str(path) for path, head in heads.items() if head.mode.startswith("RGB") and "16" in head.raw]:
         notes.append(f"{len(deep)} files{of} have 16 bits a colour ({first_names(deep)}): the high 8 of them are read")
-    return notes + _masks_among(images)
+    return notes + _masks_among(files)
 
 
 def _spread(items: Sequence[T], most: int) -> Sequence[T]:
@@ -185,9 +192,9 @@ def _spread(items: Sequence[T], most: int) -> Sequence[T]:
     return items[:: max(1, -(-len(items) // most))]
 
 
-def _masks_among(images: Mapping[Path, Path]) -> list[str]:
+def _masks_among(images: Mapping[PurePath, Path]) -> list[str]:
     """Pictures of few colours that have the size of a photograph and its name, or that with a word before or after."""
-    by_stem: dict[str, list[Path]] = defaultdict(list)
+    by_stem: dict[str, list[PurePath]] = defaultdict(list)
     for relative in images:
         by_stem[relative.stem].append(relative)
     pairs = []

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from wsss import InputError
 from wsss.data.files import IMAGE_SUFFIXES, OTHER_SUFFIXES, first_names, reading
 from wsss.data.words import class_name, distinct, enter, is_background
+from wsss.places import Place
 
 FORMATS = "a labels.csv in UTF-8, COCO or Label Studio JSON, a folder of VOC XML or cls_labels.npy"
 TOOLS: tuple[tuple[set[str], str, str], ...] = (
@@ -39,7 +40,7 @@ class Export(NamedTuple):
     notes: list[str]
 
 
-def read_export(path: Path, data: bytes, given: Sequence[str] | None) -> Export:
+def read_export(path: Place, data: bytes, given: Sequence[str] | None) -> Export:
     """COCO's object, Label Studio's list of tasks, or one task alone; `given` are the user's classes, if any."""
     with reading(path, "JSON", "export it again"):
         content = json.loads(data.decode("utf-8-sig"))
@@ -96,7 +97,7 @@ def get(node: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     return value
 
 
-def _coco(path: Path, content: Any) -> Export:
+def _coco(path: Place, content: Any) -> Export:
     """An image without annotations is a negative; see `_empty_categories` for what is no class."""
     names: dict[int | str, str] = {}
     images: dict[int | str, set[str]] = {}
@@ -150,7 +151,7 @@ def _empty_categories(categories: Sequence[Any]) -> Iterator[Any]:
             yield category["id"]
 
 
-def _label_studio(path: Path, tasks: list[Any], given: Sequence[str] | None) -> Export:
+def _label_studio(path: Place, tasks: list[Any], given: Sequence[str] | None) -> Export:
     """A task that nobody has finished has no entry, one finished without a label is a negative."""
     entries: dict[str, set[str]] = {}
     said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # control -> label -> names of images
@@ -193,7 +194,7 @@ def _labels_of(result: Any, where: str) -> list[str] | None:
     return [class_name(label, where) for label in found]
 
 
-def _other_controls(path: Path, said: Mapping[str, Mapping[str, set[str]]], given: Sequence[str] | None) -> list[str]:
+def _other_controls(path: Place, said: Mapping[str, Mapping[str, set[str]]], given: Sequence[str] | None) -> list[str]:
     """The controls of a labelling interface whose values are not the classes.
 
     Raises:

@@ -17,6 +17,7 @@ from wsss import InputError
 from wsss.data.base import Images, digest, open_items
 from wsss.data.pixels import UNDECIDED, resize_all
 from wsss.data.pseudo import PIXELS, FromFolder
+from wsss.places import state
 from wsss.writing import write_whole
 
 FINER = 4
@@ -99,8 +100,8 @@ def feature_names(images: Images) -> list[str]:
     """Under which the features of each image are kept: its file, as it is now; of drawn ones their pixels."""
     if not images.images:
         return [hashlib.sha256(images[index]["image"].tobytes()).hexdigest() for index in range(len(images))]
-    status = [(path, path.stat()) for path in map(Path.resolve, images.images)]
-    return [digest(str(path), found.st_size, found.st_mtime_ns) for path, found in status]
+    places = (place.resolve() if isinstance(place, Path) else place for place in images.images)
+    return [digest(str(place), *state(place)) for place in places]
 
 
 def fill(

@@ -21,8 +21,10 @@ from PIL import Image, ImageFile, ImageOps, features
 
 from wsss import InputError
 from wsss.pickles import PlainUnpickler, check_key
+from wsss.places import Part, Url, is_remote, opened
 
 PathLike = str | os.PathLike[str]
+Source = PathLike | Url | Part
 MASK_IDS = "0 (background), c+1 (class c) and 255 (ignore)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 AVIF = "avif" in features.modules and bool(features.check("avif"))
@@ -34,7 +36,7 @@ DEPTHS = (8, 10, 12, 14, 16)
 
 
 @contextmanager
-def reading(path: PathLike, expected: str, advice: str) -> Iterator[None]:
+def reading(path: Source, expected: str, advice: str) -> Iterator[None]:
     """Parsers of foreign bytes raise nearly everything (struct.error, SyntaxError, MemoryError, ...)."""
     try:
         with warnings.catch_warnings():
@@ -54,7 +56,7 @@ def open_image(file: PathLike | BinaryIO) -> ImageFile.ImageFile:
     return Image.open(file, formats=PILLOW_FORMATS)
 
 
-def read_image(path: PathLike) -> np.ndarray:
+def read_image(path: Source) -> np.ndarray:
     """Reads a photograph upright as RGB, uint8 (H, W, 3).
 
     EXIF orientation is applied and transparency is laid on white. Of several frames or pages the first is read. Grey
@@ -64,8 +66,8 @@ def read_image(path: PathLike) -> np.ndarray:
     """
     advice = "replace it, leave it out, or train with on_bad_image=skip"
     # a file object keeps Pillow from mapping the file, which scrambles an uncompressed TIFF that lies on its side
-    with reading(path, "an image", advice), open(path, "rb") as file, open_image(file) as opened:
-        image: Image.Image = opened
+    with reading(path, "an image", advice), opened(path) as file, open_image(file) as found:
+        image: Image.Image = found
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
@@ -83,18 +85,24 @@ def read_image(path: PathLike) -> np.ndarray:
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
-def image_size(path: PathLike) -> tuple[int, int] | None:
-    """Width and height as stored, from the file's header; None where that cannot be read."""
+def image_size(path: Source) -> tuple[int, int] | None:
+    """Width and height as stored, from the file's header; None where that cannot be read, or not without a request."""
+    if is_remote(path):
+        return None
     try:
-        with reading(path, "an image", "replace it"), open_image(path) as image:
+        with reading(path, "an image", "replace it"), opened(path) as file, open_image(file) as image:
             return image.size
     except InputError:  # reading the whole image will say it
         return None
 
 
-def read_mask(path: PathLike) -> np.ndarray:
+def read_mask(path: Source) -> np.ndarray:
     """Reads class ids, uint8 (H, W), from a palette or grey image of 1, 8 or 16 bits; colours are refused."""
-    with reading(path, "a mask", "replace it, or take it out of the list"), open_image(path) as image:
+    with (
+        reading(path, "a mask", "replace it, or take it out of the list"),
+        opened(path) as file,
+        open_image(file) as image,
+    ):
         if image.format == "JPEG" or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
             found = f"a {image.format} of mode {image.mode}, expected a palette or grey PNG of class ids"
             raise InputError(f"{path} is {found}: map its colours to {MASK_IDS} and save those.")
@@ -105,7 +113,7 @@ def read_mask(path: PathLike) -> np.ndarray:
     return mask.astype(np.uint8)
 
 
-def read_truth(path: PathLike, image: np.ndarray, num_classes: int) -> np.ndarray:
+def read_truth(path: Source, image: np.ndarray, num_classes: int) -> np.ndarray:
     """Reads the mask of an image, uint8 (H, W); ids above `num_classes` but 255 and another size are refused."""
     mask = read_mask(path)
     if mask.shape != image.shape[:2]:
@@ -118,10 +126,10 @@ def read_truth(path: PathLike, image: np.ndarray, num_classes: int) -> np.ndarra
     return mask
 
 
-def read_lines(path: PathLike) -> list[str]:
+def read_lines(path: Source) -> list[str]:
     """Reads the lines of a UTF-8 text that are not blank, stripped."""
-    with reading(path, "text", "give an existing file in UTF-8"), open(path, encoding="utf-8-sig") as file:
-        return [line.strip() for line in file if line.strip()]
+    with reading(path, "text", "give an existing file in UTF-8"), opened(path) as file:
+        return [line.strip() for line in io.TextIOWrapper(file, "utf-8-sig") if line.strip()]
 
 
 def read_list(path: PathLike) -> list[str]:
@@ -224,14 +232,14 @@ def _image_id(key: Any) -> Any:
     return key
 
 
-def load_label_dict(path: PathLike) -> dict[str, np.ndarray]:
+def load_label_dict(path: Source) -> dict[str, np.ndarray]:
     """Reads image-level labels, id -> float32 (C,) of zeros and ones, from the field's `cls_labels*.npy`.
 
     Such a file is a pickled dict in a 0-d object array; nothing that it names is run. Ids may be str, bytes
     or VOC numbers (2007000032 becomes 2007_000032).
     """
     advice = "save a dict of id -> vector of zeros and ones with np.save"
-    with reading(path, "image-level labels", advice), open(path, "rb") as file:
+    with reading(path, "image-level labels", advice), opened(path) as file:
         read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
         shape, _, dtype = read_header[npy.read_magic(file)[0]](file)
         if shape != () or not dtype.hasobject:

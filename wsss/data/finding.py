@@ -4,11 +4,13 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from wsss import InputError
 from wsss.data.files import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from wsss.data.words import clean_path
+from wsss.places import Place, Url, is_remote, relative
 
 SUFFIXES = tuple(sorted((*IMAGE_SUFFIXES, *OTHER_SUFFIXES)))
 UNREAD = {
@@ -19,8 +21,8 @@ UNREAD = {
 """Of images that are not read."""
 
 
-def find_images(folder: Path, key: str = "images", leave_out: Path | None = None) -> dict[Path, Path]:
-    """Relative path -> path of every image below a folder, in order.
+def find_images(folder: Place, key: str = "images", leave_out: Place | None = None) -> dict[PurePath, Place]:
+    """Relative path -> place of every image below a folder, in order.
 
     Hidden files and folders, run directories and the folder `leave_out` are not looked at; links to folders are
     followed, and no folder is entered twice. `key` is what a message calls the folder.
@@ -28,20 +30,29 @@ def find_images(folder: Path, key: str = "images", leave_out: Path | None = None
     return find_files(folder, key, leave_out)[0]
 
 
-def find_files(folder: Path, key: str, leave_out: Path | None = None) -> tuple[dict[Path, Path], list[Path]]:
+def find_files(folder: Place, key: str, leave_out: Place | None = None) -> tuple[dict[PurePath, Place], list[PurePath]]:
     """Like `find_images`, and beside them the relative paths of the images of other kinds."""
-    if not folder.is_dir():
+    files: list[Any]
+    if isinstance(folder, Url):
+        hidden = None if leave_out is None else relative(leave_out, folder)
+        files = [
+            folder / path
+            for path in folder.files()
+            if hidden not in path.parents and not any(part.startswith(".") for part in path.parts)
+        ]
+    elif not folder.is_dir():
         raise InputError(f"{key}={folder} is not a folder: give the folder of your photographs")
-    files = sorted(_visible_files(folder, leave_out))
-    images = [path for path in files if path.suffix.lower() in SUFFIXES and path.is_file()]
-    unread = [path.relative_to(folder) for path in files if path.suffix.lower() in UNREAD]
+    else:
+        files = sorted(_visible_files(folder, leave_out if isinstance(leave_out, Path) else None))
+    images = [path for path in files if path.suffix.lower() in SUFFIXES and (is_remote(path) or path.is_file())]
+    unread = [relative(path, folder) for path in files if path.suffix.lower() in UNREAD]
     if not images:
         told = f" (but {len(unread)} of kinds that are not read, {', '.join(kinds(unread))})" if unread else ""
         raise InputError(f"{key}={folder} holds no image{told}: expected files that end in {', '.join(SUFFIXES)}")
-    return {path.relative_to(folder): path for path in images}, unread
+    return {relative(path, folder): path for path in images}, unread
 
 
-def kinds(paths: Iterable[Path]) -> list[str]:
+def kinds(paths: Iterable[PurePath]) -> list[str]:
     """The suffixes of files, each once."""
     return sorted({path.suffix.lower() for path in paths})
 

@@ -4,44 +4,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from wsss import InputError, printable
+from wsss import InputError
 from wsss.data.base import Images, Inspection, LabelledImages, check_split, digest
 from wsss.data.doubts import contents, left_out
 from wsss.data.drawn import DrawnMask, is_export, read_drawn
 from wsss.data.exports import foreign_tool
-from wsss.data.files import find_given, first_names, read_image, read_lines, reading
-from wsss.data.finding import find_files, find_images, match
+from wsss.data.files import first_names, read_lines
+from wsss.data.finding import SUFFIXES, find_files, find_images, match
 from wsss.data.labels import Labels, folder_labels, read_labels
-from wsss.data.pixels import reduced
 from wsss.data.words import clean_path, listed_classes
-
-
-class Photographs(Dataset[tuple[Any, Any]]):
-    """Images, reduced where a side is longer than `max_side`, and their own height and width.
-
-    For one that cannot be read, the reason and None.
-    """
-
-    def __init__(self, paths: list[Path], max_side: int) -> None:
-        self.paths, self.max_side = paths, max_side
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        path = self.paths[index]
-        try:
-            with reading(path, "an image", "make it smaller, or leave it out"):  # there may be no room to reduce it
-                image = read_image(path)
-                return reduced(image, self.max_side), image.shape[:2]
-        except InputError as error:
-            return printable(str(error)), None
+from wsss.places import Place, Url, place_of, relative, state
 
 
 @dataclass(frozen=True)
@@ -59,10 +36,10 @@ class Survey:
         notes: what is left out, or taken in another way than it is written.
     """
 
-    root: Path
-    source: Path
+    root: Place
+    source: Place
     classes: tuple[str, ...]
-    images: Mapping[str, Path]
+    images: Mapping[str, Place]
     present: Mapping[str, tuple[int, ...]]
     split: Mapping[str, str]
     missing: tuple[str, ...]
@@ -94,11 +71,16 @@ def survey(
     Raises:
         InputError: no image, no labels or labels that cannot be read; not that the two leave out one another.
     """
-    place = Path(root).expanduser()
+    place = place_of(root)
     classes = listed_classes(place) if classes is None else classes
-    images, unread = find_files(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
-    ids = _ids(place, [path.as_posix() for path in images])  # path -> id
-    said = _labels(place, labels, ids, classes)
+    if isinstance(place, Url) and place.is_web:  # which lists nothing: the labels name the images
+        said = read_labels(place / "labels.csv" if labels is None else _find(place, labels), classes)
+        images, unread = _named(place, said), list[PurePath]()
+        ids = _ids(place, [path.as_posix() for path in images])  # path -> id
+    else:
+        images, unread = find_files(place, "dataset.root", None if masks is None else _masks_folder(place, masks))
+        ids = _ids(place, [path.as_posix() for path in images])
+        said = _labels(place, labels, ids, classes)
     found = match(said.entries, ids)
     present = {ids[found[name]]: indices for name, indices in said.entries.items() if name in found}
     order = sorted((image_id, path) for image_id, path in zip(ids.values(), images.values(), strict=True))
@@ -114,7 +96,25 @@ def survey(
     )
 
 
-def _ids(root: Path, paths: Sequence[str]) -> dict[str, str]:
+def _find(root: Place, given: str) -> Place:
+    """Like `find_given`; a place of either kind."""
+    path = place_of(given)
+    if isinstance(path, Url) or path.is_absolute():
+        return path
+    return root / path if (root / path).exists() else path
+
+
+def _named(root: Url, said: Labels) -> dict[PurePath, Place]:
+    """Relative path -> address of the images that labels name."""
+    if bare := [name for name in said.entries if PurePosixPath(name).suffix.lower() not in SUFFIXES]:
+        raise InputError(
+            f"{said.path} names images without the suffix of one ({first_names(bare)}), and {root} cannot be listed to "
+            "find them: write whole names, as they follow that address."
+        )
+    return {PurePosixPath(name): root / name for name in said.entries}
+
+
+def _ids(root: Place, paths: Sequence[str]) -> dict[str, str]:
     """Relative path -> id: without suffix, unless another image would have the same id."""
     clean = {path: clean_path(path) for path in paths}
     names = Counter(clean.values())
@@ -127,12 +127,17 @@ def _ids(root: Path, paths: Sequence[str]) -> dict[str, str]:
     return {path: name if times[bare[path]] > 1 or bare[path] in names else bare[path] for path, name in clean.items()}
 
 
-def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequence[str] | None) -> Labels:
+def _labels(root: Place, given: str | None, paths: Iterable[str], classes: Sequence[str] | None) -> Labels:
     """The labels that the user named, else the only ones in root, else its class folders."""
     if given is not None:
-        source = find_given(root, given)
-        folders = source.is_dir() and source.samefile(root) and not any(root.glob("*.xml"))
+        source = _find(root, given)
+        folders = source == root
+        if isinstance(source, Path) and isinstance(root, Path):
+            folders = source.is_dir() and source.samefile(root) and not any(root.glob("*.xml"))
         return folder_labels(root, paths, classes) if folders else read_labels(source, classes)
+    if isinstance(root, Url):
+        source = root / "labels.csv"
+        return read_labels(source, classes) if source.exists() else folder_labels(root, paths, classes)
     patterns = ("labels.csv", "[!.]*.json", "cls_labels*.npy", "Annotations")
     found = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     if len(found) > 1:
@@ -143,11 +148,13 @@ def _labels(root: Path, given: str | None, paths: Iterable[str], classes: Sequen
     return read_labels(found[0], classes) if found else folder_labels(root, paths, classes)
 
 
-def _masks_folder(root: Path, given: str) -> Path:
-    folder = find_given(root, given)
+def _masks_folder(root: Place, given: str) -> Place:
+    folder = _find(root, given)
+    if isinstance(folder, Url):
+        return folder
     if folder.is_file() and is_export(folder):
         return folder
-    if not folder.is_dir() or folder.samefile(root):
+    if not folder.is_dir() or (isinstance(root, Path) and folder.samefile(root)):
         raise InputError(
             f"masks={given} is neither a folder of masks alone nor an export of Label Studio or CVAT: give one in "
             f"{root} or anywhere else."
@@ -209,7 +216,7 @@ class Folder(LabelledImages):
         self.root, self.has_background = found.root, has_background
         self.survey, self.mask_folder = found, None if masks is None else _masks_folder(found.root, masks)
 
-    def true_masks(self) -> Mapping[str, Path | DrawnMask]:
+    def true_masks(self) -> Mapping[str, Place | DrawnMask]:
         return {} if self.mask_folder is None else _masks_found(self.mask_folder, self.survey)
 
     def truth(self, index: int, image: np.ndarray) -> np.ndarray | None:
@@ -225,8 +232,7 @@ class Folder(LabelledImages):
     @property
     def fingerprint(self) -> str:
         masks = [mask.source if isinstance(mask, DrawnMask) else mask for mask in self.masks or ()]
-        status = [path.stat() for path in (*self.images, *masks)]
-        return digest(super().fingerprint, [(one.st_size, one.st_mtime_ns) for one in status])
+        return digest(super().fingerprint, [state(place) for place in (*self.images, *masks)])
 
     @classmethod
     def with_known_classes(cls, values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -259,25 +265,25 @@ class Folder(LabelledImages):
             sets = {"all": lambda: LabelledImages(found.classes, ids, paths, found.multi_hot(ids))}
         elif val == "all" and train is None:  # as in an evaluation
             sets = {"val": sets["val"]}
-        notes = [note, *found.notes, *contents({path.relative_to(found.root): path for path in found.images.values()})]
+        notes = [note, *found.notes, *contents({relative(path, found.root): path for path in found.images.values()})]
         if values.get("masks") and all(name.isdecimal() for name in found.classes):
             order = first_names([f"{c} in a mask is class {name}" for c, name in enumerate(found.classes, 1)])
             notes.append(f"the classes are numbers, and masks count them in their order: {order}")
         return Inspection(sets, notes, problems)
 
 
-def _masks_found(folder: Path, found: Survey) -> dict[str, Path | DrawnMask]:
+def _masks_found(folder: Place, found: Survey) -> dict[str, Place | DrawnMask]:
     """Those that there are, by id."""
-    if is_export(folder):
+    if isinstance(folder, Path) and is_export(folder):
         drawn = read_drawn(folder, found.classes)
-        files = {path.relative_to(found.root).as_posix(): image_id for image_id, path in found.images.items()}
+        files = {relative(path, found.root).as_posix(): image_id for image_id, path in found.images.items()}
         return {files[file]: drawn[name] for name, file in match(drawn, files).items()}
     pngs = {p: path for p, path in find_images(folder, "dataset.masks").items() if p.suffix.lower() == ".png"}
     known = {p.with_suffix("").as_posix(): path for p, path in pngs.items()}
     return {image_id: known[name] for name, image_id in match(known, found.images, levels=2).items()}
 
 
-def _find_masks(folder: Path, found: Survey, ids: Sequence[str]) -> list[Path | DrawnMask]:
+def _find_masks(folder: Place, found: Survey, ids: Sequence[str]) -> list[Place | DrawnMask]:
     masks = _masks_found(folder, found)
     if missing := [image_id for image_id in ids if image_id not in masks]:
         raise InputError(
@@ -331,14 +337,14 @@ def _fraction(val: str | float | None) -> float | None:
 
 def _listed(found: Survey, given: str, key: str) -> list[str]:
     """The ids of the images that a list names, in its order."""
-    path = find_given(found.root, given)
+    path = _find(found.root, given)
     if path.suffix != ".txt":
         raise InputError(f"{key} is {given!r}, expected a .txt list of images: give one, a line for each image.")
     names = read_lines(path)
     repeated, times = Counter(names).most_common(1)[0] if names else ("no image", 0)
     if times != 1:
         raise InputError(f"{path} lists {first_names([repeated])} {times} times, expected each once: correct the list.")
-    by_path = {path.relative_to(found.root).as_posix(): image_id for image_id, path in found.images.items()}
+    by_path = {relative(path, found.root).as_posix(): image_id for image_id, path in found.images.items()}
     images = {name: by_path[image] for name, image in match(names, by_path).items()}
     if missing := [name for name in names if name not in images]:
         raise InputError(

@@ -6,6 +6,7 @@ The format is found from the content. What cannot be used raises InputError with
 import codecs
 import csv
 import io
+import os
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from wsss import InputError
 from wsss.data.exports import FORMATS, foreign_tool, read_export
-from wsss.data.files import PathLike, first_names, load_label_dict, read_annotation, reading
+from wsss.data.files import first_names, load_label_dict, read_annotation, reading
 from wsss.data.words import (
     CLASS_NAMES,
     class_name,
@@ -26,6 +27,7 @@ from wsss.data.words import (
     refuse_twins,
     refuse_unclear,
 )
+from wsss.places import Place, Url, opened
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -50,14 +52,14 @@ class Labels:
         notes: what was left out or taken in another way than it is written.
     """
 
-    path: Path
+    path: Place
     classes: tuple[str, ...]
     entries: Mapping[str, tuple[int, ...]]
     split: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
 
-def read_labels(path: PathLike, classes: Sequence[str] | None = None) -> Labels:
+def read_labels(path: str | os.PathLike[str] | Url, classes: Sequence[str] | None = None) -> Labels:
     """Reads image-level labels: labels.csv, COCO or Label Studio JSON, a folder of VOC XML, cls_labels*.npy.
 
     Classes come in the order of the 0/1 columns, of COCO's categories or of the class_names.txt beside a .npy,
@@ -68,11 +70,11 @@ def read_labels(path: PathLike, classes: Sequence[str] | None = None) -> Labels:
         classes: their order, which must hold every class that an image shows; a .npy without class_names.txt
             needs it.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = path if isinstance(path, Url) else Path(path)
+    if isinstance(path, Path) and path.is_dir():
         return _finish(path, _read_xml(path), classes)
     with reading(path, "image-level labels", f"give {FORMATS}"):
-        data = path.read_bytes()
+        data = opened(path).read()
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(path, classes)
     head = data.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1]
@@ -84,7 +86,7 @@ def read_labels(path: PathLike, classes: Sequence[str] | None = None) -> Labels:
     return _finish(path, export.entries, classes, export.order, notes=export.notes)
 
 
-def folder_labels(root: Path, images: Iterable[str], classes: Sequence[str] | None = None) -> Labels:
+def folder_labels(root: Place, images: Iterable[str], classes: Sequence[str] | None = None) -> Labels:
     """The labels of images (paths relative to root) that lie in one folder per class.
 
     Where all first folders are called after a split (Training, Testing), those below are the classes.
@@ -101,7 +103,7 @@ def folder_labels(root: Path, images: Iterable[str], classes: Sequence[str] | No
             f"folder of their class, or give labels: {FORMATS}."
         )
     if general := [name for name in firsts if not depth and name.casefold() in NOT_CLASSES]:
-        tool = foreign_tool(root / "labels") or ""
+        tool = (foreign_tool(root / "labels") if isinstance(root, Path) else None) or ""
         raise InputError(
             f"{root} has no label file{tool} and its folder {general[0]} does not look like a class: name every folder "
             f"after its class, or give labels: {FORMATS}."
@@ -118,7 +120,7 @@ def folder_labels(root: Path, images: Iterable[str], classes: Sequence[str] | No
 
 
 def _finish(
-    path: Path,
+    path: Place,
     entries: Entries,
     given: Sequence[str] | None,
     order: Sequence[str] | None = None,
@@ -144,7 +146,7 @@ def _finish(
     return Labels(path, tuple(classes), found, split or {}, tuple(notes))
 
 
-def _read_npy(path: Path, given: Sequence[str] | None) -> Labels:
+def _read_npy(path: Place, given: Sequence[str] | None) -> Labels:
     """The field's file, with the names of its columns in class_names.txt beside it or given."""
     names = listed_classes(path.parent) or (None if given is None else distinct(given))
     if names is None:
@@ -161,7 +163,7 @@ def _read_npy(path: Path, given: Sequence[str] | None) -> Labels:
     return _finish(path, entries, given, names)
 
 
-def _read_csv(path: Path, data: bytes, given: Sequence[str] | None) -> Labels:
+def _read_csv(path: Place, data: bytes, given: Sequence[str] | None) -> Labels:
     """A table with the columns file and labels, or file and one of 0/1 per class; split may stand in both.
 
     Rows of one image are joined. A first column without a name is left out if it counts the rows, as pandas writes it,
@@ -204,7 +206,7 @@ def _read_csv(path: Path, data: bytes, given: Sequence[str] | None) -> Labels:
     return _finish(path, entries, given, None if listed else names, split, notes)
 
 
-def _rows(path: Path, data: bytes) -> Iterator[tuple[str, list[str]]]:
+def _rows(path: Place, data: bytes) -> Iterator[tuple[str, list[str]]]:
     """Where a row stands, and its fields; blank lines are passed over."""
     with reading(path, "image-level labels", f"give {FORMATS}"):
         text = data.decode("utf-8-sig")

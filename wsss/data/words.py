@@ -5,10 +5,10 @@ import reprlib
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 
 from wsss import InputError
 from wsss.data.files import first_names, read_lines
+from wsss.places import Place
 
 CLASS_NAMES = "class_names.txt"
 NO_OBJECTS = {"background", "bg", "ignore", "nan", "none", "null", "unlabeled", "unlabelled", "void"}
@@ -50,7 +50,7 @@ def distinct(names: Sequence[str], where: str = "classes") -> list[str]:
     return clean
 
 
-def listed_classes(folder: Path) -> list[str] | None:
+def listed_classes(folder: Place) -> list[str] | None:
     """The class names that a folder's class_names.txt lists, one a line; None where there is no such file."""
     path = folder / CLASS_NAMES
     return distinct(read_lines(path), str(path)) if path.exists() else None

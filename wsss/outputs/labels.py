@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from wsss import InputError
-from wsss.outputs.masks import MaskFolder
+from wsss.outputs.masks import MaskFolder, packed, read_object
 from wsss.report.tables import progress
-from wsss.writing import write_json, write_whole
+from wsss.writing import json_bytes, write_json
 
 SUFFIXES = {
     "masks": (".png",),
@@ -76,15 +75,23 @@ class LabelFolder:
         origin: plain values: what the masks are made of, by name, and `settings`, a mapping. `checkpoint`, a path, may
             change, all else may not.
         kinds: of files that an image has, among SUFFIXES.
+        output, images_per_tar: see `MaskFolder`.
 
     Raises:
         InputError: the folder cannot be made.
     """
 
-    def __init__(self, out: Path, origin: Mapping[str, Any], kinds: Sequence[str]) -> None:
-        self.out, self.kinds = out, kinds
-        self.files = MaskFolder(out)
-        self.origin: dict[str, Any] = json.loads(json.dumps(origin))  # as it is read again: tuples become lists
+    def __init__(
+        self,
+        out: Path,
+        origin: Mapping[str, Any],
+        kinds: Sequence[str],
+        output: str = "files",
+        images_per_tar: int = 1000,
+    ) -> None:
+        self.out, self.kinds, self.origin = out, kinds, dict(origin)
+        self.files = MaskFolder(out, output, images_per_tar)
+        self.store = self.files.store
 
     def begin(self) -> None:
         """Leave the settings in a new folder, compare them with those of one that goes on.
@@ -92,31 +99,14 @@ class LabelFolder:
         Raises:
             InputError: it holds something else.
         """
-        path = self.out / "settings.json"
-        if not path.exists():
-            if self.files.masks.exists():
-                raise InputError(f"{self.out} holds masks that wsss-label has not made: give another out")
-            write_json(path, self.origin)
-            return
-        stored = _read_object(path)
-        ours, theirs = (
-            {k: v for k, v in origin.items() if k not in ("checkpoint", "settings")} | origin.get("settings", {})
-            for origin in (self.origin, stored)
-        )
-        different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
-        if different:
-            raise InputError(
-                f"{self.out} holds pseudo masks that were made otherwise, different are {', '.join(different[:5])}: "
-                "repeat their command, or give another out"
-            )
-        self.origin = stored
+        self.origin = self.files.claim(self.origin, "wsss-label")
 
     def has(self, name: str) -> bool:
         """Whether all files of an image are there; each is whole."""
-        return all(path.is_file() for kind in self.kinds for path in self._paths(kind, name))
+        return all(self.store.has(file) for kind in self.kinds for file in self._names(kind, name))
 
-    def _paths(self, kind: str, name: str) -> list[Path]:
-        return [self.out / kind / f"{name}{suffix}" for suffix in SUFFIXES[kind]]
+    def _names(self, kind: str, name: str) -> list[str]:
+        return [f"{kind}/{name}{suffix}" for suffix in SUFFIXES[kind]]
 
     def write(
         self,
@@ -126,6 +116,7 @@ class LabelFolder:
         cams: Mapping[int, np.ndarray],
         scores: Sequence[np.ndarray] = (),
         instances: InstanceMap | None = None,
+        counts: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """The files of an image, of the kinds that were asked for.
 
@@ -136,33 +127,29 @@ class LabelFolder:
             cams: by id the maps (H, W) of the classes of the image.
             scores: the low and the high (1 + n, H, W).
             instances: a 16-bit PNG of numbers, and a JSON that lists `number`, `class`, `id` and `score` of each.
+            counts: those of `wsss.evaluation.pseudo.count_cam`, where there is a true mask.
         """
+        files: dict[str, bytes] = {}
+        if counts is not None:
+            files[f"counts/{name}.npz"] = packed(**{key: counts[key] for key in COUNTS})
         if "instances" in self.kinds and instances is not None:
-            picture, table = self._paths("instances", name)
+            picture, table = self._names("instances", name)
             rows = [
                 {"number": number, "class": self.origin["classes"][c - 1], "id": c, "score": score}
                 for number, (c, score) in enumerate(zip(instances.ids, instances.scores, strict=True), 1)
             ]
-            write_json(table, {"instances": rows})
-            with write_whole(picture) as file:
-                Image.fromarray(instances.numbers).save(file, "png")
+            files[table], content = json_bytes({"instances": rows}), io.BytesIO()
+            Image.fromarray(instances.numbers).save(content, "png")
+            files[picture] = content.getvalue()
         if "scores" in self.kinds:
             low, high = (np.asarray(score, np.float16) for score in scores)
-            with write_whole(self.out / "scores" / f"{name}.npz") as file:
-                np.savez_compressed(file, low=low, high=high, ids=np.array(list(cams), np.int64))
-        self.files.write(
-            name, mask, image if "overlays" in self.kinds else None, cams if "cams" in self.kinds else None
-        )
-
-    def write_counts(self, name: str, counts: Mapping[str, np.ndarray]) -> None:
-        """Those of `wsss.evaluation.pseudo.count_cam`, to be written before the mask."""
-        with write_whole(self.out / "counts" / f"{name}.npz") as file:
-            ids, pixels, targets = (counts[key] for key in COUNTS)
-            np.savez_compressed(file, ids=ids, pixels=pixels, targets=targets)
+            files[f"scores/{name}.npz"] = packed(low=low, high=high, ids=np.array(list(cams), np.int64))
+        shown = image if "overlays" in self.kinds else None
+        self.files.write(name, mask, shown, cams if "cams" in self.kinds else None, files)
 
     def counted(self, names: Iterable[str]) -> list[str]:
         """Names of the images that have counts."""
-        return [name for name in names if (self.out / "counts" / f"{name}.npz").is_file()]
+        return [name for name in names if self.store.has(f"counts/{name}.npz")]
 
     def counts(self, names: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
         """Those of images, one after the other.
@@ -170,17 +157,18 @@ class LabelFolder:
         Raises:
             InputError: a file of them is damaged.
         """
-        for path in (self.out / "counts" / f"{name}.npz" for name in names):
+        for path in (f"counts/{name}.npz" for name in names):
             try:
-                with np.load(path, allow_pickle=False) as file:
+                with np.load(io.BytesIO(self.store.read(path)), allow_pickle=False) as file:
                     one = {key: file[key] for key in COUNTS}
             except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                raise InputError(f"{path} is damaged: remove it and the mask of this name, and run again") from error
+                where = self.store.where(path)
+                raise InputError(f"{where} is damaged: remove it and the mask of this name, and run again") from error
             yield one
 
     def mask(self, name: str) -> np.ndarray:
         """That of an image, uint8 (H, W)."""
-        with Image.open(self.files.masks / f"{name}.png", formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(self.store.read(f"masks/{name}.png")), formats=["PNG"]) as picture:
             return np.array(picture)
 
     def finish(self, ids: Sequence[str], labels: np.ndarray) -> ClassTable:
@@ -194,13 +182,12 @@ class LabelFolder:
             InputError: a mask cannot be read, or a file is not the one that the manifest lists.
         """
         path = self.out / "manifest.json"
-        listed = _read_object(path).get("masks", {}) if path.exists() else {}
+        listed = read_object(path).get("masks", {}) if path.exists() else {}
         known = [*range(labels.shape[1] + 1), 255]
         found: dict[str, dict[str, Any]] = {}
         counts = np.zeros((len(ids), len(known)), np.int64)
         for index, name in enumerate(progress(ids, len(ids), "listing")):
-            mask = self.files.masks / f"{name}.png"
-            content = mask.read_bytes()
+            content, mask = self.store.read(f"masks/{name}.png"), self.store.where(f"masks/{name}.png")
             try:
                 with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                     pixels, size = np.asarray(picture), list(picture.size)
@@ -210,26 +197,15 @@ class LabelFolder:
             if counts[index].sum() != pixels.size:
                 raise InputError(f"{mask} holds ids of no class: remove it and run again")
             found[name] = {"size": size, "sha256": hashlib.sha256(content).hexdigest()}
-            files = self._paths("instances", name) if "instances" in self.kinds else []
+            files = self._names("instances", name) if "instances" in self.kinds else []
             if files:
-                found[name]["instances_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+                found[name]["instances_sha256"] = [hashlib.sha256(self.store.read(f)).hexdigest() for f in files]
             if listed and listed.get(name) != found[name]:
-                shown = " or ".join(map(str, [mask, *files]))
+                shown = " or ".join([mask, *map(self.store.where, files)])
                 raise InputError(f"{shown} is not the one that {path} lists: remove both and run again")
         if not listed:
             write_json(path, self.origin | {"masks": found})
         return count_classes(counts, labels)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Raises InputError for what `write_json` has not written."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: put it back, or give another out")
-    return content
 
 
 def count_classes(counts: np.ndarray, labels: np.ndarray) -> ClassTable:

@@ -1,19 +1,23 @@
 """A folder of masks, overlays and maps, shared by all commands that make masks."""
 
 import hashlib
+import io
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from wsss import InputError
+from wsss.outputs.stores import TARS, open_store
 from wsss.report.pictures import overlay
-from wsss.writing import write_lines, write_mask, write_whole
+from wsss.writing import mask_png, write_json, write_lines
 
 LONGEST_JPEG = 65_500
 """Side in pixels, of libjpeg."""
@@ -28,22 +32,56 @@ LONGEST_NAME = 255 - 4
 class MaskFolder:
     """`masks/<name>.png` and, on request, `overlays/<name>.jpg` and `cams/<name>.npz`, each whole or absent.
 
-    Names are relative paths without suffix. Several processes may write to one folder, and a file that is there is
-    written again.
+    Names are relative paths without suffix. Several processes may write to one folder, and what is there is written
+    again.
 
     Args:
         out: the folder; made where it is missing.
+        output: "files", or "tar" for tar files of them.
+        images_per_tar: in each of these.
 
     Raises:
         InputError: it cannot be made.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, output: str = "files", images_per_tar: int = 1000) -> None:
+        self.out = out
         self.masks, self.overlays, self.cams = (out / kind for kind in ("masks", "overlays", "cams"))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"out={out} cannot be made a folder ({error.strerror}): give another one") from error
+        self.store = open_store(out, output, images_per_tar)
+        self.made = self.masks if output == "files" else out / TARS
+
+    def claim(self, origin: Mapping[str, Any], command: str) -> dict[str, Any]:
+        """Leave `settings.json` in a new folder, compare it with that of one that goes on; returns what it holds.
+
+        Args:
+            origin: plain values, what is made of what; `checkpoint`, a path, may change, all else may not.
+            command: that makes it.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        path, ours = self.out / "settings.json", json.loads(json.dumps(origin))  # tuples become lists
+        if not path.exists():
+            if self.masks.exists() or (self.out / TARS).exists():
+                raise InputError(f"{self.out} holds masks that {command} has not made: give another out")
+            write_json(path, ours)
+            return ours
+        stored = read_object(path)
+        first, second = (
+            {k: v for k, v in one.items() if k not in ("checkpoint", "settings")} | one.get("settings", {})
+            for one in (ours, stored)
+        )
+        different = [key for key in first | second if first.get(key, ...) != second.get(key, ...)]
+        if different:
+            raise InputError(
+                f"{self.out} holds masks that were made otherwise, different are {', '.join(different[:5])}: "
+                "repeat their command, or give another out"
+            )
+        return stored
+
+    def has(self, name: str) -> bool:
+        """Whether the mask of an image is there, and all that was asked for with it."""
+        return self.store.has(f"masks/{name}.png")
 
     def write(
         self,
@@ -51,6 +89,7 @@ class MaskFolder:
         mask: np.ndarray,
         image: np.ndarray | None = None,
         cams: Mapping[int, np.ndarray] | None = None,
+        more: Mapping[str, bytes] | None = None,
     ) -> None:
         """
         Args:
@@ -59,23 +98,43 @@ class MaskFolder:
             image: uint8 of any size (h, w, 3), where an overlay is wanted; a PNG beyond what JPEG can hold.
             cams: where they are wanted, maps (h, w) in [0, 1] by id: `cam` (n, h, w) float16 and `ids` (n,) in the
                 file.
+            more: further files of the image, by their relative paths.
         """
+        files = dict(more or {})
         if image is not None:
             suffix, kind = (".jpg", "JPEG") if max(image.shape) <= LONGEST_JPEG else (".png", "PNG")
-            with write_whole(self.overlays / f"{name}{suffix}") as file:
-                Image.fromarray(overlay(image, mask)).save(file, format=kind, quality=90)
+            content = io.BytesIO()
+            Image.fromarray(overlay(image, mask)).save(content, format=kind, quality=90)
+            files[f"overlays/{name}{suffix}"] = content.getvalue()
         if cams is not None:
             maps = np.array(list(cams.values()) or np.empty((0, *mask.shape)), np.float16)
-            with write_whole(self.cams / f"{name}.npz") as file:
-                np.savez_compressed(file, cam=maps, ids=np.array(list(cams), np.int64))
-        write_mask(self.masks / f"{name}.png", mask)  # last: where it is, all is
+            files[f"cams/{name}.npz"] = packed(cam=maps, ids=np.array(list(cams), np.int64))
+        self.store.add(files | {f"masks/{name}.png": mask_png(mask)})  # the last: where it is, all is
 
     def write_classes(self, classes: Sequence[str]) -> None:
         """masks/class_names.txt, a line for each class: whoever reads a mask finds them beside it."""
         write_lines(self.masks / "class_names.txt", classes)
 
 
-def output_names(paths: Iterable[Path]) -> list[str]:
+def packed(**arrays: np.ndarray) -> bytes:
+    """Arrays as an .npz."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # a name may be allow_pickle, for all that numpy knows
+    return content.getvalue()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Raises InputError for what `write_json` has not written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: put it back, or give another out")
+    return content
+
+
+def output_names(paths: Iterable[PurePath]) -> list[str]:
     """A name for each relative path: without suffix, or whole where others share the rest.
 
     Whatever is written under one name is written under no other, and is no folder of another, not even where upper
@@ -104,11 +163,11 @@ def output_names(paths: Iterable[Path]) -> list[str]:
     return names
 
 
-def _key(path: str | Path) -> str:
+def _key(path: str | PurePath) -> str:
     """Equal for paths that are one somewhere."""
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
-def _hashed(path: Path, number: int) -> Path:
+def _hashed(path: PurePath, number: int) -> PurePath:
     digest = hashlib.sha256(os.fsencode(path) + bytes(number)).hexdigest()[:12]
     return path.with_name(f"{os.fsencode(path.stem)[:200].decode(errors='ignore')}-{digest}")
