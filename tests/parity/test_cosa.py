@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import wsss
 from wsss.cam import resize
 from wsss.config import config_dir
 from wsss.data import pixels
@@ -161,6 +162,20 @@ def test_forward(recordings: Any, match: Any, method: CoSA) -> None:
         for key in (key.removeprefix(f"{name}/") for key in arrays if key.startswith(f"{name}/")):
             if key != "images_u8":
                 match(FORWARD, f"{name}/{key}", ours[key], rtol=1e-5, atol=2e-5)
+
+
+def test_a_file_of_the_original(recordings: Any, match: Any, tmp_path: Path) -> None:
+    """The state dict of the teacher, by way of what a user calls."""
+    arrays, weights = recordings(FORWARD), recordings(WEIGHTS)
+    path = tmp_path / "best_seg.pth"
+    torch.save({f"module.{key[3:]}": tensor for key, tensor in weights.items() if key.startswith("an/")}, path)
+    told = {"backbone_args": {"num_heads": weights["heads"].item()}, "aux_layer": weights["aux_layer"].item()}
+    scales, step = SETTINGS["scales"]["teacher"], arrays["map_stride"].item()
+    method = wsss.load(path, **told, released_behaviour=True, cam_scales=scales).method
+    assert isinstance(method, CoSA)
+    found = dict(zip(("cam", "cam_aux", "seg"), method.assign(normalised(arrays["rect/images_u8"])), strict=True))
+    for key, maps in found.items():
+        match(FORWARD, f"rect/teacher_{key}", maps[..., ::step, ::step], rtol=1e-5, atol=2e-5)
 
 
 # --- pseudo labels, targets, losses -----------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def build_method(recordings: Any, version: str, folder: Path, drop_path_rate: fl
     recorded = recordings(f"mctformer/{version}_state")
     path = folder / "checkpoint.pth"
     torch.save({"model": {key.removeprefix("sd/"): tensor for key, tensor in recorded.items()}}, path)
-    name, state, values = read_official(MCTformer, path)
+    name, state, values, _ = read_official(MCTformer, path)
     assert name == SETTINGS["versions"][version]
     values["backbone_args"] |= {"num_heads": SETTINGS["heads"], "drop_path_rate": drop_path_rate}
     settings = arguments(version) | {"attention_layers": values["backbone_args"]["depth"]} | values | given

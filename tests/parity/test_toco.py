@@ -137,7 +137,7 @@ def build_method(arrays: Arrays, folder: Path, **arguments: Any) -> ToCo:
     """A method from recorded weights, by way of a file as the original code writes it."""
     path = folder / "model_iter_0.pth"
     torch.save({f"module.{name}": tensor for name, tensor in arrays.items()}, path)
-    _, state, values = read_official(ToCo, path)
+    _, state, values, _ = read_official(ToCo, path)
     values["backbone_args"]["num_heads"] = SETTINGS["model"]["heads"]
     values |= {"aux_layer": SETTINGS["model"]["aux_layer"], "ema_momentum": SETTINGS["model"]["ema_momentum"]}
     method = ToCo(backbone="vit_tiny_patch16_224", **values, **arguments)

@@ -52,7 +52,7 @@ def build_method(recordings: Any, folder: Path, **given: Any) -> MCTformer:
     path = folder / "checkpoint.pth"
     state = {key.removeprefix("sd/"): tensor for key, tensor in recorded.items() if key.startswith("sd/")}
     torch.save({"model": state}, path)
-    name, ours, values = read_official(MCTformer, path)
+    name, ours, values, _ = read_official(MCTformer, path)
     assert name == "weaktr"
     told = values["backbone_args"]
     for key, value in (("depth", told["depth"]), ("heads", told["num_heads"]), ("num_classes", values["num_classes"])):

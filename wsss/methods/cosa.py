@@ -11,8 +11,8 @@ from torch.optim import AdamW
 
 from wsss import InputError
 from wsss.cam import box_mask, larger, min_max, rescale, resize, with_background
-from wsss.methods.base import WSSSModule
-from wsss.methods.toco import ToCo
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
+from wsss.methods.toco import OFFICIAL_HEAD, OFFICIAL_LAYOUT, ToCo, read_official_vit
 from wsss.networks.decoders import LargeFOV
 from wsss.networks.vit import ViTEncoder
 from wsss.optim import stepwise, update_average, warmup_poly
@@ -293,6 +293,32 @@ class CoSA(WSSSModule):
         warmup = (self.hparams.warmup_steps, self.hparams.warmup_ratio)
         return stepwise(optimizer, warmup_poly(self.total_steps, *warmup, self.hparams.power))
 
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """The state dict of one network of the original code, student or teacher, which both of ours become.
+
+        It tells `num_classes`, `backbone_args` (see `vit_arguments`) and `decoder_channels`. ToCo has the same names,
+        and projectors.
+        """
+        names = {name.removeprefix("module.") for name in state}
+        if any(name.startswith(("encoder.visual.", "proj_head")) for name in names):
+            return None
+        if not any(name.startswith("encoder.") for name in names):
+            return None
+        kept, _, values, said = read_official_vit(state, STREAM_LAYOUT)
+        if said:
+            raise InputError(
+                f"checkpoint {path} is no network of the original CoSA code: it {said}; give the state dict of its "
+                "student or its teacher, or a checkpoint of wsss-train"
+            )
+        both = {f"{stream}.{name}": t for stream in ("student", "teacher") for name, t in kept.items()}
+        return OfficialCheckpoint("cosa", both, values)
+
     def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Any) -> Tensor:
         """As released: scales are summed at the network's size, and their sum is enlarged."""
         return resize(super()._fuse(image, self.sized(image).shape[-2:], seg, protocol), size)
+
+
+STREAM_LAYOUT = {name: axes for name, axes in OFFICIAL_LAYOUT.items() if not name.startswith("projector.")}
+STREAM_LAYOUT |= {f"{OFFICIAL_HEAD}weight": "labels width", f"{OFFICIAL_HEAD}bias": "labels"}
+"""Names of `Stream` and shapes in a file of the original code, whose unused head is of any size."""

