@@ -24,7 +24,7 @@ from wsss.losses import build
 from wsss.methods.cosa import CoSA
 from wsss.optim import warmup_poly
 from wsss.refine.crf import dense_crf
-from wsss.refine.thresholds import cam_to_label, mixture_thresholds
+from wsss.refine.thresholds import MixtureThresholds, cam_to_label, mixture_thresholds
 
 Arrays = dict[str, Any]
 WEIGHTS, FORWARD, LOSSES, GRADIENTS, TRAINING, STRONG, INFERENCE, RATES = (
@@ -240,6 +240,9 @@ def test_thresholds_of_a_mixture(recordings: Any, match: Any) -> None:
     values = recordings(LOSSES)["gmm_values"].flatten()
     low, high = mixture_thresholds(values[values > SETTINGS["gmm_least"]])
     match(LOSSES, "gmm_thresholds", torch.tensor([low, high], dtype=torch.double), atol=1e-6)
+    following = MixtureThresholds(0.25, 0.7, batches=1, least=SETTINGS["gmm_least"], momentum=0.0)
+    following(recordings(LOSSES)["gmm_values"])
+    match(LOSSES, "gmm_thresholds", following.bounds, atol=1e-6)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
