@@ -276,12 +276,11 @@ class WeCLIP(CLIPMaps):
 
     def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
         """Scores of all scales, which are factors of coordinates, too, fused on the grid of scale 1, as released."""
-        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
+        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
             return super()._fuse(image, size, seg, protocol)
         how = (protocol.scales, protocol.flip, protocol.fusion, protocol.softmax == "before", protocol.align_corners)
-        return resize(
-            multiscale_seg(lambda x: self(x)["seg"], self.sized(image), seg.shape[-2:], *how, rescale_by_factor), size
-        )
+        scores = multiscale_seg(self.scores(protocol), self.sized(image), seg.shape[-2:], *how, rescale_by_factor)
+        return resize(scores, size)
 
     def describe(self, split: str) -> dict[str, Measured]:
         notes, side = super().describe(split), self.hparams.long_side
