@@ -52,7 +52,7 @@ class WeCLIP(CLIPMaps):
 
     Args:
         num_classes, classes, backbone, weights, backbone_args, text, background, logit_scale, half_positions,
-            cache_features: see `CLIPES`; logit_scale is 25 with CLIP's ViT-L in WeCLIP+.
+            cache_features, cache_folder, cache_folder_gb: see `CLIPES`; logit_scale is 25 with CLIP's ViT-L in WeCLIP+.
         affinity_layers: so many last layers spread maps until `static_steps`.
         refine_layers: among so many last ones the refinement module chooses.
         static_steps: from this step on it does.
@@ -109,6 +109,8 @@ class WeCLIP(CLIPMaps):
         ignore_padding: bool = False,
         half_positions: bool = False,
         cache_features: float | None = None,
+        cache_folder: str | None = None,
+        cache_folder_gb: float = 20.0,
         losses: Mapping[str, Mapping[str, Any] | None] | None = None,
         lr: float = 2e-3,
         weight_decay: float = 0.01,
@@ -123,7 +125,8 @@ class WeCLIP(CLIPMaps):
                 "losses.cross lets two branches learn from each other: set method.dino, or losses.cross=null"
             )
         self.save_hyperparameters(ignore=unsaid(weights=weights, dino_weights=dino_weights))
-        self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
+        cache = (cache_features, cache_folder, cache_folder_gb)
+        self.build_tower(backbone, weights, backbone_args, half_positions, cache)
         self.build_text(text, background)
         if normalisation not in ("imagenet", "clip"):
             raise InputError(f"normalisation is {normalisation!r}: expected imagenet or clip")
@@ -149,7 +152,7 @@ class WeCLIP(CLIPMaps):
         self.dino: DINOTower | None = None
         if dino is not None:
             self.dino = DINOTower(dino, dino_weights, dino_args)
-            self.dino_cache = FeatureCache(cache_features)
+            self.dino_cache = FeatureCache(self.dino.digest, *cache)
             self.dino_fusion = Fusion(self.dino.width, 1, channels, dropout)
         self.decoder = Decoder(channels, decoder_depth, decoder_heads, 1 + num_classes)
         self.par = PAR(**{"iterations": 20} | dict(par or {}))
@@ -175,7 +178,7 @@ class WeCLIP(CLIPMaps):
         seen = self.see(image)
         if self.dino is None:
             return seen, None
-        return seen, self.dino_cache(image, self.dino) if self.dino_cache.limit else self.dino(image)
+        return seen, self.dino_cache(image, self.dino)
 
     def decode(self, seen: Seen, dino: Seen | None) -> Decoded:
         """What is learnt, from what the towers see."""
