@@ -21,7 +21,8 @@ import wsss
 from wsss import InputError
 from wsss.methods.clip_es import CLIPES, gradient_maps
 from wsss.methods.weclip import WeCLIP, log_odds
-from wsss.networks.clip import FeatureCache, Seen
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import Seen
 
 Command = Callable[..., Ended]
 

@@ -12,7 +12,8 @@ from wsss import InputError
 from wsss.cam import min_max, resize_photograph
 from wsss.evaluation.protocol import Measured
 from wsss.methods.base import WSSSModule
-from wsss.networks.clip import CLIPTower, FeatureCache, Seen, embed_text
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import CLIPTower, Seen, embed_text
 from wsss.refine.affinity import spread, transition
 
 

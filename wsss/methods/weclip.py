@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -18,7 +17,8 @@ from wsss.cam import box_mask, multiscale_seg, of_classes, present_classes, resi
 from wsss.evaluation.protocol import Measured, Protocol
 from wsss.methods.base import OfficialCheckpoint
 from wsss.methods.clip_es import CLIPMaps, unsaid
-from wsss.networks.clip import FeatureCache, Seen
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
 from wsss.networks.weights import VIT_LAYOUT, compare_layout
 from wsss.optim import stepwise, warmup_poly
@@ -331,24 +331,15 @@ class WeCLIP(CLIPMaps):
 
     def complete(self, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
         """With the key of the tower and the embeddings of the names, after the file's tower was compared with ours."""
-        own, network = self.state_dict(), self.tower.network
+        own = self.state_dict()
         given = {name: own[name] for name in ("tower.key", "text", "background_text")}
         tower = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+        if tower and not self.tower.is_that_of(tower):
+            raise InputError(
+                f"checkpoint {path} was trained on another image tower of CLIP than method.weights gives: add "
+                "method.weights=FILE, or the tag of timm, of its own, and method.backbone where it is no ViT-B/16"
+            )
         learnt = {name: tensor for name, tensor in state.items() if name not in tower}
-        if tower:
-            try:
-                theirs, ours = checkpoint_filter_fn(tower, network), network.state_dict()
-                same = theirs.keys() == ours.keys() and all(
-                    torch.allclose(theirs[name], tensor, rtol=1e-3, atol=1e-6)  # theirs may be in half precision
-                    for name, tensor in ours.items()
-                )
-            except Exception:  # whatever a foreign tower provokes in timm's filter
-                same = False
-            if not same:
-                raise InputError(
-                    f"checkpoint {path} was trained on another image tower of CLIP than method.weights gives: add "
-                    "method.weights=FILE, or the tag of timm, of its own, and method.backbone where it is no ViT-B/16"
-                )
         return learnt | given
 
 
