@@ -11,8 +11,8 @@ import torch
 from official import cosa_to_official, toco_from_official
 from omegaconf import OmegaConf
 from PIL import Image
+from recorded import fit
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import wsss
 from wsss.cam import resize
@@ -335,18 +335,8 @@ def test_training(recordings: Any, match: Any, tmp_path: Path) -> None:
     method.pseudo_label = keeping  # type: ignore[method-assign]
     names, count, data = arrays["names"].tolist(), arrays["max_iters"].item(), batches(arrays)
     steps = Steps(names)
-    trainer = pl.Trainer(
-        max_steps=count,
-        callbacks=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
     order = [data[step % len(data)] for step in range(count)]
-    trainer.fit(method, DataLoader(order, batch_size=None))  # type: ignore[arg-type]
+    fit(method, order, steps, tmp_path)
     for key, theirs in (NAMES | {"tot": "tot"}).items():
         # in which cell of the lattice equal colours lie hangs on the last bit of their normalisation
         rtol = 1e-3 if key == "dense_energy" else 1e-4
