@@ -9,6 +9,7 @@ from wsss import InputError
 from wsss.methods.base import OfficialCheckpoint, WSSSModule
 from wsss.methods.mctformer import OFFICIAL_MODULES
 from wsss.methods.toco import OFFICIAL_HEAD, _official_name, _our_name
+from wsss.methods.weclip import official_name
 from wsss.networks.weights import read_state_dict
 
 
@@ -53,3 +54,8 @@ def read_official(method: type[WSSSModule], path: Any) -> OfficialCheckpoint:
 def cosa_to_official(state: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a stream of CoSA -> those of its code, which has ToCo's but for the ImageNet head."""
     return {_official_name(name): tensor for name, tensor in state.items()}
+
+
+def weclip_to_official(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of what WeCLIP learns -> those of its code, which also has the tower."""
+    return {official_name(name): t for name, t in state.items() if name.startswith(("fusion.", "decoder."))}

@@ -1,15 +1,20 @@
-"""Checkpoints of the original ToCo code: what is read from them, and what is said about those that do not fit."""
+"""Checkpoints of the original ToCo, CoSA and WeCLIP code: what is read from them, and what is said of unfit ones."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from official import read_official, toco_from_official, toco_to_official
+from official import cosa_to_official, read_official, toco_from_official, toco_to_official, weclip_to_official
+from tiny import CLIP, WECLIP
 from torch import Tensor
 
+import wsss
 from wsss import InputError
+from wsss.checkpoints import read_checkpoint
+from wsss.methods.cosa import CoSA
 from wsss.methods.toco import ToCo
+from wsss.methods.weclip import WeCLIP
 
 ARGUMENTS = {
     "num_classes": 3,
@@ -44,7 +49,7 @@ def saved(state: object, folder: Path) -> str:
 
 
 def test_the_file_tells_the_method(method: ToCo, official: State, tmp_path: Path) -> None:
-    _, state, values = read_official(ToCo, saved(official, tmp_path))
+    _, state, values, _ = read_official(ToCo, saved(official, tmp_path))
     assert values == ARGUMENTS
     assert state.keys() == method.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in method.state_dict().items())
@@ -65,7 +70,7 @@ def test_newer_weight_normalisation_half_precision_and_no_head(official: State, 
         for name, tensor in official.items()
         if "encoder.head." not in name
     }
-    _, state, values = read_official(ToCo, saved(new, tmp_path))
+    _, state, values, _ = read_official(ToCo, saved(new, tmp_path))
     assert values == ARGUMENTS
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
@@ -96,7 +101,7 @@ def with_shape(name: str, *shape: int) -> Callable[[State], State]:
             r"no float weights .*cls_token",
         ),
         (lambda state: state | {"encoder.cls_token": torch.ones(1, 1, 12)}, r"some weights twice"),
-        (lambda state: {"module.encoder.blocks.x": torch.ones(2)}, r"has unknown encoder\.blocks\.x"),
+        (lambda state: {"module.proj_head.x": torch.ones(2)}, r"has unknown proj_head\.x"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -115,3 +120,102 @@ def test_a_file_that_is_none_of_these(tmp_path: Path) -> None:
     for content in ([1, 2], {"a": 1}, {}, {"model": Path("x")}):
         with pytest.raises(InputError, match=r"cannot be read|holds no state dict"):
             read_official(ToCo, saved(content, tmp_path))
+
+
+# --- CoSA, which has ToCo's names -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(method: ToCo) -> State:
+    """What CoSA's code saves of its student or its teacher."""
+    return {name: tensor for name, tensor in toco_to_official(method.state_dict()).items() if "proj_head" not in name}
+
+
+def test_a_network_of_cosa_becomes_both(stream: State, tmp_path: Path) -> None:
+    name, state, values, asks = read_official(CoSA, saved({f"module.{key}": t for key, t in stream.items()}, tmp_path))
+    assert (name, asks) == ("cosa", ())
+    assert values == {key: value for key, value in ARGUMENTS.items() if key != "projector"}
+    cosa = CoSA(backbone="vit_tiny_patch16_224", aux_layer=-1, **values)
+    assert state.keys() == cosa.state_dict().keys()
+    cosa.load_state_dict(state)
+    for network in (cosa.student, cosa.teacher):
+        assert all(torch.equal(stream[name], t) for name, t in cosa_to_official(network.state_dict()).items())
+
+
+def test_either_file_is_known_by_its_names(method: ToCo, official: State, stream: State, tmp_path: Path) -> None:
+    for state, kind in ((official, ToCo), (stream, CoSA)):
+        path = saved({"model": state}, tmp_path)
+        assert type(wsss.load(path, aux_layer=-1, backbone_args={"num_heads": 2}).method) is kind
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda state: {k: t for k, t in state.items() if k != "decoder.conv7.weight"},
+            r"lacks decoder\.conv7\.weight",
+        ),
+        (lambda state: state | {"extra": torch.ones(1)}, r"has unknown extra"),
+        (lambda state: state | {"classifier.weight": torch.ones(4, 12, 1, 1)}, r"unexpected shape in .*classifier"),
+    ],
+)
+def test_what_does_not_fit_cosa_is_named(
+    stream: State, tmp_path: Path, change: Callable[[State], State], said: str
+) -> None:
+    path = saved(change(stream), tmp_path)
+    with pytest.raises(InputError, match=rf"no network of the original CoSA code: it .*{said}") as raised:
+        wsss.load(path)
+    assert "\n" not in str(raised.value)
+
+
+# --- WeCLIP, whose tower is given by the command ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def weclip() -> WeCLIP:
+    torch.manual_seed(0)
+    return WeCLIP(3, **WECLIP)
+
+
+def test_what_weclip_has_learnt_is_read(weclip: WeCLIP, tmp_path: Path) -> None:
+    """Without the tower in the file; the names are not known, and their embeddings random."""
+    path = saved(weclip_to_official(weclip.state_dict()), tmp_path)
+    _, _, values, asks = read_official(WeCLIP, path)
+    assert values == {"num_classes": 3, "channels": 16, "decoder_depth": 1}
+    assert asks == ("text",)
+    told = {key: value for key, value in WECLIP.items() if key not in values}
+    loaded = wsss.load(path, **told).method
+    assert all(torch.equal(t, weclip.state_dict()[name]) for name, t in loaded.state_dict().items())
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image)["seg"], weclip.eval()(image)["seg"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: {k: t for k, t in s.items() if "linear_pred.bias" not in k}, r"lacks decoder\.linear_pred\.bias"),
+        (lambda s: s | {"dino_fts_fuse.x": torch.ones(1)}, r"has unknown dino_fts_fuse\.x .*of WeCLIP\+"),
+        (
+            lambda s: {k: t for k, t in s.items() if "modulelist.1." not in k},
+            r"has 1 layers of 16 channels, but fuses 32",
+        ),
+        (lambda s: s | {"encoder.visual.proj": torch.ones(4, 4)}, r"trained on another image tower of CLIP"),
+    ],
+)
+def test_what_does_not_fit_weclip_is_named(
+    weclip: WeCLIP, tmp_path: Path, change: Callable[[State], State], said: str
+) -> None:
+    path = saved(change(weclip_to_official(weclip.state_dict())), tmp_path)
+    told = {key: value for key, value in (WECLIP | CLIP).items() if key not in ("channels", "decoder_depth")}
+    with pytest.raises(InputError, match=said) as raised:
+        wsss.load(path, **told)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_file_of_ours_asks(tmp_path: Path, weclip: WeCLIP) -> None:
+    """A file cannot bring the command's own start values back into use."""
+    weclip.hparams.classes = ["a", "b", "c"]
+    content = {"state_dict": weclip.state_dict(), "hyper_parameters": dict(weclip.hparams), "asks": ("text",)}
+    content["wsss"] = {"method": "weclip", "classes": ["a", "b", "c"]}
+    path = saved(content, tmp_path)
+    assert "asks" not in read_checkpoint(path)

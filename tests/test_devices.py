@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill import settings
-from tiny import COSA_OVERRIDES, call
+from tiny import COSA_OVERRIDES, WECLIP_OVERRIDES, WECLIP_PLUS_OVERRIDES, call
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -14,13 +14,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_devices_are_two_batches_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mctformer", "weaktr"])
+def test_two_devices_are_two_batches_a_step(tmp_path: Path, method: str) -> None:
     """The same images make a step on two devices and, batch by batch, on one: so do the same weights come out."""
-    arguments = [*settings("mctformer", steps=6, workers=0), "global_batch_size=4"]  # its losses are means over images
+    arguments = [*settings(method, steps=6, workers=0), "global_batch_size=4"]  # its losses are means over images
     two = ["trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path / 'two'}"]
     done = subprocess.run(["wsss-train", *arguments, *two], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mctformer (") == 1  # one process speaks
+    assert done.stdout.count(f"{method} (") == 1  # one process speaks
     assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'one'}") == 0
     one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == both.keys()
@@ -28,15 +29,28 @@ def test_two_devices_are_two_batches_a_step(tmp_path: Path) -> None:
         torch.testing.assert_close(both[key], value, atol=2e-6, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
+EARLY = "method.warmup_weights={seg: null, swap_cam: null, dense_energy: null}"
+ON_TWO = {
+    "decoder that no loss reaches at first": ["method=cosa", *COSA_OVERRIDES, EARLY],  # has no gradient to share
+    "thresholds of all values": ["method=cosa", *COSA_OVERRIDES, "method.dynamic_thresholds={batches: 2}"],
+    "frozen tower": ["method=weclip", *WECLIP_OVERRIDES],
+    "two frozen towers": ["method=weclip", *WECLIP_PLUS_OVERRIDES],
+}
+
+
 @pytest.mark.slow
-def test_two_devices_leave_losses_out(tmp_path: Path) -> None:
-    """A decoder that no loss reaches at first has no gradient to share."""
-    early = "method.warmup_weights={seg: null, swap_cam: null, dense_energy: null}"
+@pytest.mark.parametrize("case", ON_TWO)
+def test_two_devices_train(tmp_path: Path, case: str) -> None:
     two = ["trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path}"]
-    arguments = ["method=cosa", *COSA_OVERRIDES, early, "trainer.max_steps=2", *two]
+    arguments = [*ON_TWO[case], "trainer.max_steps=2", *two]
     done = subprocess.run(["wsss-train", *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    for values in checkpoint.get("cam_values", {}).values():  # of one step of labels, the second
+        assert len(values) == 1
+        assert len(values[0]) > 0
 
 
 def test_global_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ LAYERS = {
     "trackers": {"report", "writing"},
     "methods": {"methods", "networks", "refine", "losses", "evaluation", "optim", "cam", "pairs", "writing"},
     "networks": {"networks", "cam", "pairs", "pickles"},
+    "networks/cache": {"networks", "writing"},
     "losses": {"losses", "lattice", "cam", "pairs"},
     "refine": {"refine", "lattice", "cam", "pairs"},
     "data": {"data", *GROUND},

@@ -279,6 +279,9 @@ def test_how_a_figure_was_measured_in_fields() -> None:
         assert rules[f"cam_{rule}_miou"] == (rule, expected[rule])
     assert notes["cam_area_under_curve"].threshold_rule == "every"
     assert all(note.threshold_rule is None for key, note in notes.items() if key not in cams)
+    seen = Protocol(window=480, stride=320).describe(Measured("val"), (1.0,), 0.5)
+    assert "image size, windows of 480 pixels every 320, no image labels" in str(seen["miou"])
+    assert "windows" not in str(seen["cam_miou"])
     alone = Protocol(threshold="best").describe(Measured("val"), (1.0,), -1.0)
     assert alone["cam_miou"].threshold_rule == alone["cam_best_miou"].threshold_rule == "no background"
 
@@ -296,7 +299,18 @@ def test_figures_are_written_with_fields_and_sentences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"size": 0}, {"size": -3}, {"max_side": 0}, {"image_labels": "none"}, {"segmentation_labels": "predicted"}],
+    [
+        {"size": 0},
+        {"size": -3},
+        {"max_side": 0},
+        {"window": 0, "stride": 1},
+        {"window": 480},
+        {"stride": 320},
+        {"stride": 30, "window": 480},
+        {"stride": 500, "window": 480},
+        {"image_labels": "none"},
+        {"segmentation_labels": "predicted"},
+    ],
 )
 def test_protocol_refuses(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(arguments))):

@@ -182,6 +182,41 @@ def test_all_that_a_run_has_measured(command: Command, tmp_path: Path) -> None:
     assert len(page.all("noscript")) == 1
 
 
+def as_baseline(run: Path, split: str = "val, 4 images", labels: str = "true") -> Path:
+    """The run of CLIP-ES that a training is measured by."""
+    record = json.loads((run / "run.json").read_text())
+    record["overrides"] = [o for o in record["overrides"] if "method=" not in o] + ["method=clip_es"]
+    (run / "run.json").write_text(json.dumps(record))
+    note = asdict(replace(NOTE, split=split, labels_at_test=labels))
+    (run / "tags.json").write_text(json.dumps({"val/cam_miou": note}))
+    figures = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({k: v for k, v in figures.items() if k != "val/miou"}))
+    return run
+
+
+@pytest.mark.usefixtures("_altair")
+def test_beside_what_needs_no_training(command: Command, tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
+    for name, worse in (("run", "other"), ("other", "run")):
+        assert command("report", str(tmp_path / name), str(tmp_path / worse), f"out={tmp_path / 'a.html'}").code == 0
+        text = read(tmp_path / "a.html").text
+        assert "Is training worth it?" not in text
+        assert text.count("wsss-train method=clip_es dataset=NAME protocol=honest") == 1
+    as_baseline(other)
+    assert command("report", str(run), str(other), f"out={tmp_path / 'b.html'}").code == 0
+    text = read(tmp_path / "b.html").text
+    assert "Is training worth it?" in text
+    assert re.search(r"clip_es\s+mIoU of CAMs\s+0\.4000\s+no training", text)
+    assert re.search(r"cam\s+mIoU of the segmentation\s+0\.5000\s+\+0\.1000", text)
+    assert "wsss-train method=clip_es" not in text
+    for changed in ({"split": "train, 9 images"}, {"labels": "predicted"}):  # no difference of two kinds of figures
+        as_baseline(other, **changed)
+        assert command("report", str(run), str(other), f"out={tmp_path / 'c.html'}").code == 0
+        assert re.search(r"0\.5000\s+measured in another way", read(tmp_path / "c.html").text)
+    assert command("report", str(other), f"out={tmp_path / 'd.html'}").code == 0
+    assert "training worth it" not in read(tmp_path / "d.html").text
+
+
 @pytest.mark.usefixtures("_altair")
 def test_only_what_there_is(command: Command, tmp_path: Path) -> None:
     """A run that has not ended, and one from before tables.json."""

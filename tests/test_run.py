@@ -12,10 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
 from tiny import Ended
 
+from wsss.data.shapes import Shapes
+from wsss.networks.clip import CLIPTower
 from wsss.pipeline import data_fingerprint, earlier_tries, is_alive
+from wsss.report.baseline import compare_with_baseline
+from wsss.report.reading import read_all
 
 Command = Callable[..., Ended]
 ROOT = Path(__file__).parent.parent
@@ -322,6 +328,41 @@ def test_part_of_it_and_a_failing_stage(command: Command, tmp_path: Path) -> Non
 def test_bad_values(command: Command, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     refused(command("run", f"out={tmp_path / 'out'}", *arguments), 2, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_without_training(command: Command, tmp_path: Path) -> None:
+    """A stage before all others, of a tower and embeddings in files, under the protocol of the stage evaluate."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    tower = CLIPTower("vit_base_patch16_clip_quickgelu_224", None, sizes)
+    save_file(tower.network.state_dict(), tmp_path / "tower.safetensors")
+    names = Shapes(train_size=1, size=32, num_classes=4).classes
+    drawn = np.random.default_rng(0).standard_normal((len(names) + 1, tower.embedding)).astype(np.float32)
+    np.savez(
+        tmp_path / "text.npz",
+        classes=np.array(names),
+        embeddings=drawn[1:],
+        background=np.array(["sky"]),
+        background_embeddings=drawn[:1],
+    )
+    values = ",".join(f"{key}:{value}" for key, value in sizes.items())
+    given = [f"baseline.text={tmp_path / 'text.npz'}", f"baseline.weights={tmp_path / 'tower.safetensors'}"]
+    given += [f"stages.baseline.method.backbone_args={{{values}}}", "stages.baseline.method.affinity_layers=2"]
+    out = tmp_path / "out"
+    ended = command("run", *SHAPES, f"out={out}", *given)
+    assert ended.code == 0, ended.err
+    assert list(ran(out)) == ["baseline", "cam", "label", "segment", "evaluate"]
+    record = json.loads((out / "pipeline.json").read_text())["stages"]
+    notes = [record["baseline"]["figures"]["protocol/val/cam_miou"], record["evaluate"]["figures"]["protocol/val/miou"]]
+    assert [note.partition(",")[0] for note in notes] == ["val"] * 2
+    assert all("true image labels" not in note for note in notes)  # of wsss-eval's own protocol
+    rows = compare_with_baseline(read_all([out]))
+    assert [row.run.name for row in rows] == ["baseline", "cam", "segment", "evaluate"]
+    cam, segmentation = (
+        record[name]["figures"][f"val/{key}"] for name, key in (("baseline", "cam_miou"), ("evaluate", "miou"))
+    )
+    assert rows[-1].more == pytest.approx(segmentation - cam)
+    assert command("run", *SHAPES, f"out={out}", *given).code == 0
+    assert set(ran(out).values()) == {"skipped"}
 
 
 @pytest.mark.parametrize("pipeline", [path.stem for path in (ROOT / "conf/pipeline").glob("*.yaml")])

@@ -208,6 +208,8 @@ BAD: list[tuple[str, Any, str]] = [
     (f"{WSSS}/protocol/unheard", 1, "unheard"),
     (f"{WSSS}/protocol/size", 10**9, "protocol.size"),
     (f"{WSSS}/protocol/size", "x", "protocol.size"),
+    (f"{WSSS}/protocol/window", 10**9, "protocol.window"),
+    (f"{WSSS}/protocol/stride", 1, "protocol.stride"),
     *(
         (f"{WSSS}/protocol/scales", value, "scales")
         for value in ([], [0], [-1.0], [1e9], [NAN], None, 1, ["a"], [1.0] * 33)

@@ -262,6 +262,34 @@ def multiscale_seg(
     return total / shares if shares > 1 else total
 
 
+@torch.no_grad()
+def windowed(seg: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: int) -> Tensor:
+    """Class scores (B, K, H, W) of an image seen through square windows, their mean where windows overlap.
+
+    Windows begin every `stride` pixels; the last of a row and of a column end with the image. One that is larger than
+    the image is cut to it.
+
+    Args:
+        seg: (B, 3, h, w) -> (B, K, h', w') scores.
+        image: (B, 3, H, W).
+        side: of a window in pixels.
+        stride: from one window to the next.
+    """
+    size = image.shape[-2:]
+    starts = [[*range(0, length - side, stride), max(0, length - side)] for length in size]
+    total, count = image.new_zeros(()), image.new_zeros(size)
+    for top in starts[0]:
+        for left in starts[1]:
+            window = (..., slice(top, top + side), slice(left, left + side))
+            part = image[window]
+            scores = resize(seg(part), part.shape[-2:])
+            if total.ndim == 0:
+                total = scores.new_zeros(*scores.shape[:2], *size)
+            total[window] += scores
+            count[window] += 1
+    return total / count
+
+
 def box_mask(box: Tensor, size: Sequence[int], stride: int = 1) -> Tensor:
     """(B, h, w) True where the centre of a cell of `stride` pixels lies in its image's box.
 

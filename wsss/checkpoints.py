@@ -36,7 +36,7 @@ def read_checkpoint(path: str, directories: Sequence[str] = ()) -> dict[str, Any
 
     Beside Lightning's entries it holds `hyper_parameters`, the plain values of the method's constructor, and
     `wsss`: `method` and `dataset` (names of config options), `dataset_values`, `protocol`, `classes`, `mean`, `std`.
-    Of a paper's own only `state_dict`, `hyper_parameters` and `wsss` with `method` are known.
+    Of a paper's own only `state_dict`, `hyper_parameters`, `wsss` with `method`, and what it `asks` are known.
 
     Args:
         path: the file.
@@ -60,7 +60,7 @@ def read_checkpoint(path: str, directories: Sequence[str] = ()) -> dict[str, Any
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "wsss"} <= content.keys():
         raise InputError(f"checkpoint {path} was not written by wsss-train: it lacks what the method was built with")
     check_checkpoint(content, path)
-    return content
+    return {name: value for name, value in content.items() if name != "asks"}  # which no file of ours does
 
 
 def _read_official(state: dict[str, Tensor], path: str, directories: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def _read_official(state: dict[str, Tensor], path: str, directories: Sequence[st
     for method in classes:
         if issubclass(method, WSSSModule) and (official := method.read_official(state, path)):
             values, origin = official.values, {"method": official.option}
-            return {"state_dict": official.state_dict, "hyper_parameters": values, "wsss": origin}
+            content = {"state_dict": official.state_dict, "hyper_parameters": values, "wsss": origin}
+            return content | {"asks": official.asks}
     raise InputError(
         f"checkpoint {path} is neither of wsss-train nor of the original code of a method known here "
         f"({', '.join(options)}): it holds {', '.join(list(state)[:3])}, ... ({len(state)} tensors in all)"
@@ -157,8 +158,8 @@ def built_with(checkpoint: Mapping[str, Any], target: str) -> dict[str, Any]:
     """What a method was built with, says its checkpoint; weights come from there, not from where training started."""
     values = {k: v for k, v in checkpoint["hyper_parameters"].items() if k not in ("num_classes", "classes")}
     method = class_named(target)
-    known = inspect.signature(method).parameters
-    return values | {name: None for name in method.start_arguments if name in known}
+    known, asked = inspect.signature(method).parameters, checkpoint.get("asks", ())
+    return values | {name: None for name in method.start_arguments if name in known and name not in asked}
 
 
 def restore(
@@ -193,6 +194,8 @@ def restore(
         warnings.filterwarnings("ignore", ".*starts from random weights")  # the checkpoint's come next
         method: Stage = instantiate(target, values, "method", num_classes=len(known), classes=known)
     ours, theirs = method.state_dict(), checkpoint["state_dict"]
+    if checkpoint.get("asks"):
+        theirs = method.complete(theirs, path)
     if said := misfit(ours, theirs):
         raise InputError(f"checkpoint {path} does not fit {type(method).__name__}: it {said}")
     if odd := [name for name in ours if ours[name].is_floating_point() != theirs[name].is_floating_point()]:

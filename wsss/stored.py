@@ -55,6 +55,7 @@ LIMITS = {
     "size": (1, 4096),
     "train_size": (0, 10**6),
     "val_size": (0, 10**6),
+    "window": (1, 4096),
 }
 """Of numbers that time and memory depend on, beside scales and the sizes of tensors."""
 

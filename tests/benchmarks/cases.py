@@ -42,6 +42,7 @@ def training_batch(method: Any, count: int, side: int) -> dict[str, Any]:
         "label": labels(count, method.num_classes),
         "global_view": torch.randn(square),
         "local_source": torch.randn(square),
+        "strong_view": torch.randn(square),
         "image_box": torch.tensor([[0, side, 0, side]]).expand(count, -1),
         "max_labels": min(3, method.num_classes),  # of an image, as the host counts them
         "pseudo_mask": mask,

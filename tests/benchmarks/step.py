@@ -32,11 +32,16 @@ def step(name: str, batch_size: int, side: int, **arguments: Any) -> Any:
 
 SLIM = {"backbone_args": {"width": 32}}
 MCT = {"backbone_args": {"drop_path_rate": 0.1}}
+RANDOM = {"weights": None, "text": None}  # of a frozen tower, which takes the same time
 CASES: dict[str, Case] = {
     "toco": partial(step, "toco", 2, 448),
     "mctformer_v1": partial(step, "mctformer_v1", 8, 224, **MCT),
     "mctformer": partial(step, "mctformer", 8, 224, **MCT),
     "mctformer_plus": partial(step, "mctformer_plus", 2, 448, **MCT),
+    "weaktr": partial(step, "weaktr", 8, 224, **MCT),
+    "cosa": partial(step, "cosa", 1, 448, loss_warmup_steps=-1),
+    "weclip": partial(step, "weclip", 2, 320, **RANDOM),
+    "weclip refined": partial(step, "weclip", 2, 320, **RANDOM, static_steps=0),
     "seam": partial(step, "seam", 1, 448),
     "ppc": partial(step, "ppc", 2, 448),
     "rcm_mam": partial(step, "rcm_mam", 2, 192),

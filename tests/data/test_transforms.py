@@ -1,7 +1,9 @@
 """Transforms: what they draw, and from which generator; exact padding; what they refuse."""
 
+import colorsys
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from wsss import InputError
 from wsss.data import pixels
-from wsss.data.pixels import Normalise
+from wsss.data.pixels import Normalise, Views
 from wsss.data.transforms import (
     OPERATIONS,
     Blur,
@@ -23,7 +25,9 @@ from wsss.data.transforms import (
     LongSideCrop,
     RandAugmentCrop,
     ResizedCrop,
+    ScaleCrop,
     ToCoViews,
+    distort,
     mirror,
     posterize,
     random_crop,
@@ -362,3 +366,54 @@ def test_erased_rectangles_hold_normal_noise() -> None:
 def test_refusals(build: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         build()
+
+
+class Draws:
+    """A generator whose numbers are given: of `random` in order, of `uniform` and `integers` as shares of the range."""
+
+    def __init__(self, random: Sequence[float], share: float) -> None:
+        self.left, self.share = list(random), share
+
+    def random(self) -> float:
+        return self.left.pop(0)
+
+    def uniform(self, low: float, high: float) -> float:
+        return low + self.share * (high - low)
+
+    def integers(self, low: int, high: int) -> int:
+        return int(self.uniform(low, high - 1))
+
+
+@pytest.mark.parametrize(("share", "last", "which"), [*product((0.0, 0.25, 1.0), (False, True), range(16))])
+def test_distortion_against_the_standard_library(share: float, last: bool, which: int) -> None:
+    """Every choice of changes, on single colours, with Python's own HSV; whole numbers round a little."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    chosen = [bool(which >> bit & 1) for bit in range(4)]
+    draws = Draws([*(0.0 if one else 0.9 for one in chosen), 0.0 if last else 0.9], share)
+    found = distort(image, draws)  # type: ignore[arg-type]
+    assert (found.dtype, found.shape) == (np.uint8, image.shape)
+    added, factor, saturation, turn = (
+        value if one else still
+        for one, value, still in zip(chosen, (-32 + 64 * share, 0.5 + share, 0.5 + share, int(-18 + 36 * share)),
+                                     (0, 1, 1, 0), strict=True)
+    )  # fmt: skip
+    for colour, own in zip(image.reshape(-1, 3).tolist(), found.reshape(-1, 3), strict=True):
+        values = [min(max(c + added, 0), 255) for c in colour]
+        values = values if last else [min(c * factor, 255) for c in values]
+        h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in values))
+        values = [255 * c for c in colorsys.hsv_to_rgb((h + turn / 180) % 1, min(1, s * saturation), v)]
+        values = [min(c * factor, 255) for c in values] if last else values
+        assert np.abs(own - np.array(values)).max() <= 9  # OpenCV knows 180 hues
+    if which == 0:
+        assert np.array_equal(found, image)
+
+
+def test_distortion_of_a_transform() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    views: Views = {"image": image, "pseudo_mask": np.arange(1600, dtype=np.uint8).reshape(40, 40) % 3}
+    plain, changed = (ScaleCrop(32, (1.0, 1.0), distortion=d) for d in (False, True))
+    seen = [changed(dict(views), np.random.default_rng(seed))["image"] for seed in range(8)]
+    assert len({one.tobytes() for one in seen}) == 8
+    assert np.array_equal(seen[3], changed(dict(views), np.random.default_rng(3))["image"])
+    assert np.array_equal(views["image"], image)
+    assert plain(dict(views), np.random.default_rng(0))["pseudo_mask"].max() == 2

@@ -1,6 +1,8 @@
 """CLIP-ES and WeCLIP at the commands and in Python: what is frozen, kept, resumed and refused; numbers: parity."""
 
 import json
+import os
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +21,8 @@ import wsss
 from wsss import InputError
 from wsss.methods.clip_es import CLIPES, gradient_maps
 from wsss.methods.weclip import WeCLIP, log_odds
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import Seen
 
 Command = Callable[..., Ended]
 
@@ -102,6 +106,91 @@ def test_features_kept_and_not_are_equal(batch: dict[str, Any], arguments: dict[
     small = build(cache_features=1e-9)  # nothing fits
     small.training_step(batch, 0)
     assert (len(small.cache.kept), small.cache.size) == (0, 0)
+
+
+@pytest.mark.parametrize("arguments", [{}, WECLIP_PLUS], ids=["weclip", "with dino"])
+def test_features_in_files_are_those_in_memory(
+    batch: dict[str, Any], tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    """Bit by bit, also of a method that is built again; another tower, precision or image finds nothing of it."""
+    looked: list[int] = []
+
+    def loss_of(**more: Any) -> Tensor:
+        method = build(**arguments | more)
+        proper = type(method.tower).forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(method.tower), "forward", lambda tower, image: looked.append(1) or proper(tower, image))
+            torch.manual_seed(2)
+            loss: Tensor = method.training_step(batch, 0)["loss"]
+        return loss
+
+    files = {"cache_folder": str(tmp_path / "cache")}
+    expected = loss_of(cache_features=1.0)
+    losses = [loss_of(**files), loss_of(**files), loss_of(**files, cache_features=1.0)]
+    assert all(torch.equal(loss, expected) for loss in losses)
+    assert len(looked) == 2 + 2  # in memory, and for the files; never again
+    towers = 1 + ("dino" in arguments)
+    assert len(list((tmp_path / "cache").glob("*"))) == towers
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 2 * towers
+    assert not torch.equal(loss_of(**files, half_positions=True), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(**files)
+        loss_of(**files)
+    assert len(looked) == 4 + 2 + 2
+    batch["image"] = batch["image"] + 1
+    loss_of(**files)
+    assert len(looked) == 8 + 2
+
+
+def test_files_of_features_are_bounded_whole_and_mended(tmp_path: Path) -> None:
+    images = torch.randn(4, 1, 3, 8, 8)
+    looked: list[Tensor] = []
+
+    def look(image: Tensor) -> Seen:
+        looked.append(image)
+        return Seen(image.mean() + torch.zeros(2, 1, 5, 100), image.std() + torch.zeros(3, 1, 5, 5), (2, 2))
+
+    def cache(size: float) -> FeatureCache:
+        return FeatureCache("tower", None, str(tmp_path), size)
+
+    def files() -> list[Path]:
+        return sorted(tmp_path.glob("*/*"), key=lambda path: path.stat().st_mtime_ns)
+
+    one = cache(1.0)
+    first = one(images[0], look)
+    size = files()[0].stat().st_size
+    two = cache(2.5 * size / 1e9)  # room for two of them
+    for index in (1, 0, 2):  # the first one is used again, the second one not
+        time.sleep(0.01)
+        two(images[index], look)
+    assert len(files()) == 2
+    assert len(looked) == 3
+    again = cache(1.0)(images[0], look)
+    assert len(looked) == 3
+    assert torch.equal(again.blocks, first.blocks)
+    assert (again.attention.shape, again.size) == (first.attention.shape, (2, 2))
+    cache(0.5 * size / 1e9)(images[3], look)  # no room for any: nothing is removed for it
+    assert len(files()) == 2
+
+    for damaged in (b"", files()[0].read_bytes()[: size // 2], b"x" * size):
+        for path in files():
+            path.write_bytes(damaged)
+        count = len(looked)
+        assert torch.equal(cache(1.0)(images[0], look).blocks, first.blocks)
+        assert len(looked) == count + 1
+    with pytest.MonkeyPatch.context() as patch:  # killed before the file has its name
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cache(1.0)(images[3], look)
+    assert all(path.suffix == ".safetensors" for path in files())
+    left = files()[0].with_name(".left.tmp")  # what SIGKILL leaves is never read, and goes first
+    left.write_bytes(b"x" * 10 * size)
+    os.utime(left, (0, 0))
+    cache(4 * size / 1e9)(images[3], look)
+    assert not left.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache_folder=.*file.* cannot be made"):
+        FeatureCache("tower", None, str(tmp_path / "file" / "inner"), 1.0)
 
 
 @pytest.mark.parametrize("arguments", [{}, WECLIP_PLUS], ids=["weclip", "with dino"])
@@ -212,6 +301,7 @@ def test_log_odds() -> None:
         ({"decoder_heads": 0}, "decoder_heads=0, at least 1"),
         ({"channels": 15}, "channels is 15"),
         ({"cache_features": -1.0}, "cache_features is -1.0"),
+        ({"cache_folder_gb": 0}, "cache_folder_gb is 0"),
         ({"backbone": "resnet18"}, "no image tower of CLIP"),
         ({"dino": "resnet18", "dino_weights": None}, "no vision transformer"),
         ({"losses": {"cross": {"weight": 1.0}}}, "set method.dino"),

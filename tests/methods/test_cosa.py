@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import COSA, COSA_OVERRIDES, Ended
+from kill import compare, settings
+from test_resume import interrupted
+from tiny import COSA, COSA_OVERRIDES, Ended, call
 from torch import Tensor
 
 from wsss import InputError
@@ -173,9 +175,53 @@ def test_thresholds_of_a_mixture() -> None:
     assert all(math.isfinite(value) for value in mixture_thresholds(torch.full((5,), 0.3)))
 
 
+def test_dynamic_thresholds_follow_the_values(batch: dict[str, Any]) -> None:
+    """Against a plain computation in double precision; main and auxiliary CAM apart, two batches remembered."""
+    given = {"batches": 2, "least": 0.05, "momentum": 0.9}
+    method, still = build(dynamic_thresholds=given), build()
+    expected = {"cam": [0.25, 0.7], "aux_cam": [0.25, 0.7]}
+    seen: dict[str, list[Tensor]] = {"cam": [], "aux_cam": []}
+    for _ in range(3):
+        image = torch.randn(3, 3, 32, 32)
+        maps = dict(zip(("cam", "aux_cam", "seg"), method.assign(image), strict=True))
+        for name, bounds in expected.items():
+            cells = resize(maps[name].double() * batch["label"][:, :, None, None], (4, 4)).amax(1).flatten()
+            seen[name].append(cells[cells > 0.05])
+            found = mixture_thresholds(torch.cat(seen[name][-2:]))
+            expected[name] = [0.9 * old + 0.1 * new for old, new in zip(bounds, found, strict=True)]
+        loss = method.training_step(batch | {"image": image}, 0)["loss"]
+        assert method.dynamic is not None
+        for name, bounds in expected.items():
+            assert method.dynamic[name].bounds.tolist() == pytest.approx(bounds, abs=1e-6)
+        assert loss != still.training_step(batch | {"image": image}, 0)["loss"]  # of labels that they have made
+    assert expected["cam"] != expected["aux_cam"]
+    state, other = method.state_dict(), build(dynamic_thresholds={})
+    assert {"dynamic.cam.bounds", "dynamic.aux_cam.bounds"} == state.keys() - still.state_dict().keys()
+    checkpoint: dict[str, Any] = {}
+    method.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert other.dynamic is not None
+    assert [len(values) for values in other.dynamic["cam"].values] == [len(values) for values in seen["cam"][-2:]]
+
+
+def test_dynamic_thresholds_are_resumed(tmp_path: Any) -> None:
+    arguments = [*settings("cosa", steps=6, workers=0), "recipe=null", "method.dynamic_thresholds={batches: 3}"]
+    assert call("train", *arguments, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    again = [*arguments, f"hydra.run.dir={tmp_path / 'b'}", "resume=auto"]
+    for step in (3, 5):
+        interrupted(*again, step=step, method="wsss.methods.cosa.CoSA")
+    assert call("train", *again) == 0
+    agreeing, different = compare(tmp_path / "a", tmp_path / "b")
+    assert different == []
+    assert agreeing > 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ({"dynamic_thresholds": {"queue": 3}}, "dynamic_thresholds.queue does not exist: known are batches, least"),
+        ({"dynamic_thresholds": {"batches": 0}}, "dynamic_thresholds.batches is 0: expected a whole number"),
+        ({"dynamic_thresholds": {"least": "x"}}, "dynamic_thresholds.least is 'x': expected 0 to 1"),
         ({"low_threshold": 0.8}, "low_threshold=0.8 and high_threshold=0.7: expected 0 <= low <= high <= 1"),
         ({"aux_high_threshold": 0.1}, "aux_low_threshold=0.25 and aux_high_threshold=0.1"),
         ({"temperature": 0}, "temperature is 0: expected more than 0"),

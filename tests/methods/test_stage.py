@@ -74,6 +74,11 @@ def test_trained_written_and_restored(data: DataModule, tmp_path: Path) -> None:
     for name, protocol in stage.protocol.steps().items():
         stage.protocol = protocol
         assert torch.equal(stage.segment(image, (8, 8), seg), steps[name])
+    # through windows, also at a single scale
+    stage.protocol = Protocol(window=4, stride=4)
+    parts = [[stage(image[..., y : y + 4, x : x + 4])["seg"] for x in (0, 4)] for y in (0, 4)]
+    expected = torch.cat([torch.cat(row, dim=-1) for row in parts], dim=-2)
+    torch.testing.assert_close(stage.segment(image, (8, 8), seg), expected)
     stage.protocol = Protocol(softmax="before")
     stage.without_background()
     assert (stage.segment(image, (8, 8), seg).argmax(1) > 0).all()

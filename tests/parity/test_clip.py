@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import wsss
+from wsss import InputError
 from wsss.cam import min_max, resize
 from wsss.data.pixels import Normalise
 from wsss.evaluation.protocol import Protocol
 from wsss.losses import build as build_loss
 from wsss.losses.weclip import near_pairs, pair_relations
 from wsss.methods.clip_es import CLIPES, gradient_maps
-from wsss.methods.weclip import Decoded, WeCLIP, rescale_by_factor
+from wsss.methods.weclip import Decoded, WeCLIP, official_name, rescale_by_factor
 from wsss.networks.clip import Seen
 from wsss.optim import warmup_poly
 from wsss.refine.affinity import agreeing_layers, box_masks, boxes, refined_attention, spread, transition
@@ -261,34 +263,6 @@ def test_clip_es_crf(recordings: Any, match: Any, name: str) -> None:
 # --- WeCLIP -----------------------------------------------------------------------------------------------------------
 
 
-NAMES = {
-    "fusion.heads.": "decoder_fts_fuse.linears_modulelist.",
-    "fusion.fuse.": "decoder_fts_fuse.linear_fuse.",
-    "decoder.blocks.": "decoder.transformer.resblocks.",
-    "decoder.classifier.": "decoder.linear_pred.",
-}
-PARTS = {
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj.": "attn.out_proj.",
-    "norm1.": "ln_1.",
-    "norm2.": "ln_2.",
-    "mlp.fc1.": "mlp.c_fc.",
-    "mlp.fc2.": "mlp.c_proj.",
-}
-
-
-def official(name: str) -> str:
-    """Our name of what is learnt -> the original's."""
-    name = next(theirs + name[len(ours) :] for ours, theirs in NAMES.items() if name.startswith(ours))
-    for ours, theirs in PARTS.items():
-        name = name.replace(ours, theirs)
-    # the two linear layers of a head
-    name = re.sub(r"(modulelist\.\d+)\.0\.", r"\1.proj.", name)
-    name = re.sub(r"(modulelist\.\d+)\.2\.", r"\1.proj_2.", name)
-    return name
-
-
 def build_weclip(recordings: Any, tower_file: Path, text_file: Path, **settings: Any) -> WeCLIP:
     arrays = recordings("clip/weclip_weights")
     given = {
@@ -300,7 +274,7 @@ def build_weclip(recordings: Any, tower_file: Path, text_file: Path, **settings:
     }
     method = build(WeCLIP, recordings("clip/clip_weights"), tower_file, text_file, **given | settings)
     learnt = {n for n, _ in method.named_parameters() if not n.startswith("tower.")}
-    state = {name: arrays[f"sd/{official(name)}"] for name in learnt}
+    state = {name: arrays[f"sd/{official_name(name)}"] for name in learnt}
     assert len(state) == sum(key.startswith("sd/") for key in arrays)
     method.load_state_dict(state, strict=False)
     return method
@@ -311,6 +285,31 @@ def weclip(recordings: Any, tower_file: Path, text_file: Path) -> WeCLIP:
     return build_weclip(recordings, tower_file, text_file)
 
 
+def test_a_file_of_the_original(recordings: Any, match: Any, tower_file: Path, text_file: Path, tmp_path: Path) -> None:
+    """All of a checkpoint, the tower in half precision among it, by way of what a user calls."""
+    tower, learnt = recordings("clip/clip_weights"), recordings("clip/weclip_weights")
+    state = {key[3:]: tensor for key, tensor in learnt.items() if key.startswith("sd/")}
+    state |= {f"encoder.visual.{key[3:]}": t.half() for key, t in tower.items() if key.startswith("sd/")}
+    state |= {"encoder.visual.positional_embedding_new": torch.zeros(5, 48), "encoder.logit_scale": torch.ones(())}
+    path = tmp_path / "weclip.pth"
+    torch.save(state, path)
+    given = {"weights": str(tower_file), "text": str(text_file), "backbone_args": tower_arguments(tower)}
+    given |= {"decoder_heads": int(learnt["decoder_heads"]), "long_side": None}
+    names = [str(index) for index in range(len(tower["fg_text"]))]
+    method = wsss.load(path, classes=names, **given).method
+    assert isinstance(method, WeCLIP)
+    torch.testing.assert_close(method.text, tower["fg_text"], rtol=0, atol=1e-4)
+    arrays = recordings("clip/weclip_forward")
+    match("clip/weclip_forward", "seg", method(normalise_all(arrays["images_u8"], method))["seg"], atol=5e-5)
+
+    other = {name: tensor + 1 if name.endswith("visual.proj") else tensor for name, tensor in state.items()}
+    torch.save(other, path)
+    with pytest.raises(
+        InputError, match=r"weclip\.pth was trained on another image tower of CLIP than method\.weights"
+    ):
+        wsss.load(path, classes=names, **given)
+
+
 def normalise_all(images: Tensor, method: Any) -> Tensor:
     return torch.cat([normalise(image, method) for image in images])
 
@@ -318,7 +317,7 @@ def normalise_all(images: Tensor, method: Any) -> Tensor:
 def test_weclip_weights(recordings: Any, match: Any, weclip: WeCLIP) -> None:
     for name, tensor in weclip.named_parameters():
         if not name.startswith("tower."):
-            match("clip/weclip_weights", f"sd/{official(name)}", tensor)
+            match("clip/weclip_weights", f"sd/{official_name(name)}", tensor)
 
 
 @pytest.fixture(scope="module")
@@ -472,7 +471,7 @@ def test_weclip_losses(recordings: Any, match: Any, weclip: WeCLIP, seen: Any) -
     for key, value in {"seg_loss": seg, "aff_loss": affinity, "loss": total}.items():
         match(file, key, value, rtol=1e-5)
 
-    learnt = {official(n): p for n, p in method.named_parameters() if not n.startswith("tower.")}
+    learnt = {official_name(n): p for n, p in method.named_parameters() if not n.startswith("tower.")}
     listed = arrays["grad_names"].tolist()
     assert set(listed) == set(learnt)
     ordered = [learnt[name] for name in listed]
@@ -553,7 +552,7 @@ def test_weclip_training(
     match(file, "rfm_keep", torch.stack(found["rfm_keep"]))
     for name, tensor in method.named_parameters():
         if not name.startswith("tower."):
-            name = official(name)
+            name = official_name(name)
             match(file, f"final/{name}", tensor, atol=5e-3 if name.endswith("in_proj_bias") else 1e-5)
 
 

@@ -11,9 +11,10 @@ import torch
 from official import cosa_to_official, toco_from_official
 from omegaconf import OmegaConf
 from PIL import Image
+from recorded import fit
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+import wsss
 from wsss.cam import resize
 from wsss.config import config_dir
 from wsss.data import pixels
@@ -23,7 +24,7 @@ from wsss.losses import build
 from wsss.methods.cosa import CoSA
 from wsss.optim import warmup_poly
 from wsss.refine.crf import dense_crf
-from wsss.refine.thresholds import cam_to_label, mixture_thresholds
+from wsss.refine.thresholds import MixtureThresholds, cam_to_label, mixture_thresholds
 
 Arrays = dict[str, Any]
 WEIGHTS, FORWARD, LOSSES, GRADIENTS, TRAINING, STRONG, INFERENCE, RATES = (
@@ -163,6 +164,20 @@ def test_forward(recordings: Any, match: Any, method: CoSA) -> None:
                 match(FORWARD, f"{name}/{key}", ours[key], rtol=1e-5, atol=2e-5)
 
 
+def test_a_file_of_the_original(recordings: Any, match: Any, tmp_path: Path) -> None:
+    """The state dict of the teacher, by way of what a user calls."""
+    arrays, weights = recordings(FORWARD), recordings(WEIGHTS)
+    path = tmp_path / "best_seg.pth"
+    torch.save({f"module.{key[3:]}": tensor for key, tensor in weights.items() if key.startswith("an/")}, path)
+    told = {"backbone_args": {"num_heads": weights["heads"].item()}, "aux_layer": weights["aux_layer"].item()}
+    scales, step = SETTINGS["scales"]["teacher"], arrays["map_stride"].item()
+    method = wsss.load(path, **told, released_behaviour=True, cam_scales=scales).method
+    assert isinstance(method, CoSA)
+    found = dict(zip(("cam", "cam_aux", "seg"), method.assign(normalised(arrays["rect/images_u8"])), strict=True))
+    for key, maps in found.items():
+        match(FORWARD, f"rect/teacher_{key}", maps[..., ::step, ::step], rtol=1e-5, atol=2e-5)
+
+
 # --- pseudo labels, targets, losses -----------------------------------------------------------------------------------
 
 
@@ -225,6 +240,9 @@ def test_thresholds_of_a_mixture(recordings: Any, match: Any) -> None:
     values = recordings(LOSSES)["gmm_values"].flatten()
     low, high = mixture_thresholds(values[values > SETTINGS["gmm_least"]])
     match(LOSSES, "gmm_thresholds", torch.tensor([low, high], dtype=torch.double), atol=1e-6)
+    following = MixtureThresholds(0.25, 0.7, batches=1, least=SETTINGS["gmm_least"], momentum=0.0)
+    following(recordings(LOSSES)["gmm_values"])
+    match(LOSSES, "gmm_thresholds", following.bounds, atol=1e-6)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -317,18 +335,8 @@ def test_training(recordings: Any, match: Any, tmp_path: Path) -> None:
     method.pseudo_label = keeping  # type: ignore[method-assign]
     names, count, data = arrays["names"].tolist(), arrays["max_iters"].item(), batches(arrays)
     steps = Steps(names)
-    trainer = pl.Trainer(
-        max_steps=count,
-        callbacks=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
     order = [data[step % len(data)] for step in range(count)]
-    trainer.fit(method, DataLoader(order, batch_size=None))  # type: ignore[arg-type]
+    fit(method, order, steps, tmp_path)
     for key, theirs in (NAMES | {"tot": "tot"}).items():
         # in which cell of the lattice equal colours lie hangs on the last bit of their normalisation
         rtol = 1e-3 if key == "dense_energy" else 1e-4

@@ -15,9 +15,9 @@ import timm
 import torch
 from official import mctformer_to_official, read_official
 from omegaconf import OmegaConf
+from recorded import fit
 from timm.layers import DropPath
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from wsss.cam import rescale_photograph
 from wsss.config import config_dir
@@ -86,7 +86,7 @@ def build_method(recordings: Any, version: str, folder: Path, drop_path_rate: fl
     recorded = recordings(f"mctformer/{version}_state")
     path = folder / "checkpoint.pth"
     torch.save({"model": {key.removeprefix("sd/"): tensor for key, tensor in recorded.items()}}, path)
-    name, state, values = read_official(MCTformer, path)
+    name, state, values, _ = read_official(MCTformer, path)
     assert name == SETTINGS["versions"][version]
     values["backbone_args"] |= {"num_heads": SETTINGS["heads"], "drop_path_rate": drop_path_rate}
     settings = arguments(version) | {"attention_layers": values["backbone_args"]["depth"]} | values | given
@@ -524,17 +524,8 @@ def test_training(recordings: Any, match: Any, tmp_path: Path, tag: str, monkeyp
         )
     order = arrays[f"{prefix}/batch_order"].tolist()
     trajectory = Trajectory(len(order))
-    trainer = pl.Trainer(
-        max_steps=settings["epochs"] * per_epoch,
-        callbacks=trajectory,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(method, DataLoader([batch(data, version, index) for index in order], batch_size=None))  # type: ignore[arg-type]
+    given = [batch(data, version, index) for index in order]
+    trainer = fit(method, given, trajectory, tmp_path, settings["epochs"] * per_epoch)
     assert len(trajectory.logged) == len(order)
 
     ours = {theirs: key for key, theirs in NAMES[version].items()} | {"loss": "loss", "lr": "lr"}

@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 from official import read_official, toco_from_official, toco_to_official
 from omegaconf import OmegaConf
+from recorded import fit
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import wsss.methods.toco
 from wsss.cam import box_mask, multiscale_cam, multiscale_seg
@@ -137,7 +137,7 @@ def build_method(arrays: Arrays, folder: Path, **arguments: Any) -> ToCo:
     """A method from recorded weights, by way of a file as the original code writes it."""
     path = folder / "model_iter_0.pth"
     torch.save({f"module.{name}": tensor for name, tensor in arrays.items()}, path)
-    _, state, values = read_official(ToCo, path)
+    _, state, values, _ = read_official(ToCo, path)
     values["backbone_args"]["num_heads"] = SETTINGS["model"]["heads"]
     values |= {"aux_layer": SETTINGS["model"]["aux_layer"], "ema_momentum": SETTINGS["model"]["ema_momentum"]}
     method = ToCo(backbone="vit_tiny_patch16_224", **values, **arguments)
@@ -554,19 +554,9 @@ def train(data: str, recordings: Any, folder: Path) -> Trajectory:
         watch(method, "cut_local_crops", "flags", lambda result: result[1])
         watch(method, "token_label", "ptc_label", lambda label: label)
         watch(method, "pseudo_label", "refined", lambda label: label)
-        trainer = pl.Trainer(
-            max_steps=int(arrays["n_iter"]),
-            callbacks=run,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-        )
         batches = [recorded_batch(arrays, index, method) for index in arrays["batch_order"].tolist()]
-        trainer.fit(method, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        assert len(batches) == int(arrays["n_iter"])
+        fit(method, batches, run, folder)
     head = {k: v for k, v in recordings("toco/train_init").items() if k.startswith("encoder.head.")}  # we have none
     run.final = toco_to_official(method.state_dict()) | head
     return run

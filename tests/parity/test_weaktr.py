@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 import torch
 from official import mctformer_to_official, read_official
 from omegaconf import OmegaConf
+from recorded import fit
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from wsss.cam import rescale_photograph
 from wsss.config import config_dir
@@ -52,7 +52,7 @@ def build_method(recordings: Any, folder: Path, **given: Any) -> MCTformer:
     path = folder / "checkpoint.pth"
     state = {key.removeprefix("sd/"): tensor for key, tensor in recorded.items() if key.startswith("sd/")}
     torch.save({"model": state}, path)
-    name, ours, values = read_official(MCTformer, path)
+    name, ours, values, _ = read_official(MCTformer, path)
     assert name == "weaktr"
     told = values["backbone_args"]
     for key, value in (("depth", told["depth"]), ("heads", told["num_heads"]), ("num_classes", values["num_classes"])):
@@ -223,18 +223,7 @@ def test_training(recordings: Any, match: Any, tmp_path: Path) -> None:
     method = build_method(recordings, tmp_path, lr=lr).train()
     method.rate = lambda epoch: lr  # the original's loop was recorded without its schedule
     data, steps = batches(arrays), Steps()
-    trainer = pl.Trainer(
-        max_steps=count,
-        callbacks=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    order = [data[step % len(data)] for step in range(count)]
-    trainer.fit(method, DataLoader(order, batch_size=None))  # type: ignore[arg-type]
+    trainer = fit(method, [data[step % len(data)] for step in range(count)], steps, tmp_path)
     for ours, theirs in LOSSES.items():
         found = torch.stack([terms[ours] for terms in steps.logged])
         match(TRAINING, f"step/{theirs.replace('fine', 'attn')}_loss", found, rtol=1e-4)

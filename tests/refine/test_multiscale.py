@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from wsss.cam import by_max, min_max, multiscale_cam, multiscale_seg, reduce, reduced_size, resize_ids
+from wsss.cam import by_max, min_max, multiscale_cam, multiscale_seg, reduce, reduced_size, resize_ids, windowed
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -276,3 +276,28 @@ def test_probabilities_are_fused_at_the_size_of_the_result(network: Network, ima
             scores = scores + mirrored(bilinear(network(mirrored(at_scale)), 21, 15).softmax(1))
         maps.append(scores)
     torch.testing.assert_close(found, torch.maximum(*maps).detach())
+
+
+@pytest.mark.parametrize("size", [(23, 31), (8, 20), (5, 7)])
+def test_windows_against_a_plain_computation(size: tuple[int, int]) -> None:
+    """Means where windows overlap, in double precision; an image of a window's size is seen once, whole."""
+    torch.manual_seed(0)
+    side, stride = 8, 5
+    image = torch.randn(2, 3, *size, dtype=torch.double)
+    seen: list[Tensor] = []
+
+    def seg(part: Tensor) -> Tensor:  # depends on all of the window
+        seen.append(part)
+        return torch.cat([part[:, :1] * part.mean((1, 2, 3), keepdim=True), part[:, 1:2].cumsum(-1)], dim=1)
+
+    found = windowed(seg, image, side, stride)
+    total, count = torch.zeros(2, 2, *size, dtype=torch.double), torch.zeros(size, dtype=torch.double)
+    tops, lefts = ([*range(0, n - side, stride), max(0, n - side)] for n in size)
+    for top in tops:
+        for left in lefts:
+            total[..., top : top + side, left : left + side] += seg(image[..., top : top + side, left : left + side])
+            count[top : top + side, left : left + side] += 1
+    assert (count > 0).all()
+    torch.testing.assert_close(found, total / count)
+    assert {tuple(part.shape[-2:]) for part in seen} == {(min(side, size[0]), min(side, size[1]))}
+    torch.testing.assert_close(windowed(seg, image, 40, 20), seg(image))

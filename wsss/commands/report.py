@@ -34,6 +34,7 @@ def report(cfg: DictConfig) -> Path:
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
         raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
     from wsss.evaluation.comparison import over_seeds
+    from wsss.report.baseline import how_to_add
     from wsss.report.page import page, seeds_of
     from wsss.report.reading import read_all
     from wsss.writing import write_whole
@@ -48,6 +49,7 @@ def report(cfg: DictConfig) -> Path:
     gallery = Gallery(runs, extra_directories())
     examples = gallery.examples(cfg.examples) if cfg.examples else []
     differences, notes = compare(runs)
+    notes += filter(None, [how_to_add(runs)])
     names = ", ".join(path.resolve().name for path in paths)
     title = f"Report of {names}" if len(names) < 100 else f"Report of {len(paths)} runs"
     text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, [*gallery.notes, *notes])

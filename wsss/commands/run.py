@@ -28,6 +28,9 @@ from wsss.pipeline import (
     run_stages,
 )
 
+BASELINE = "baseline"
+"""The stage that tells what CLIP finds without any training."""
+
 QUICK = "quick"
 """The pipeline for own photographs, where none is given."""
 
@@ -80,6 +83,8 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
             f"pipeline={chosen} lists no stages: expected NAME with command, overrides and needs in stages"
         )
     known = f"pipeline={chosen} has the stages {', '.join(described)}"
+    if cfg.baseline.text is not None:
+        described = with_baseline(cfg, described)
     given = {"stop_after": cfg.stop_after, "start_from": cfg.start_from} | {f"stages.{n}": n for n in cfg.stages}
     for key, name in given.items():
         if name is not None and name not in described:
@@ -97,6 +102,25 @@ def check_settings(cfg: DictConfig) -> dict[str, Any]:
             raise InputError(f"{where} needs {', '.join(stage['needs'])}: expected names of stages before it")
         earlier.append(name)
     return described
+
+
+def with_baseline(cfg: DictConfig, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages behind one that evaluates CLIP-ES under the protocol of the last evaluation, or of the last training.
+
+    Raises:
+        InputError: the pipeline has a stage of that name.
+    """
+    if BASELINE in described:
+        raise InputError(f"the pipeline has a stage {BASELINE} of its own: leave baseline.text out")
+    evaluations = [name for name, stage in described.items() if stage.get("command") == "eval"]
+    last = (evaluations or [name for name, stage in described.items() if stage.get("command") == "train"])[-1:]
+    given = [o for name in last for o in [*described[name].get("overrides", []), *(cfg.stages.get(name) or [])]]
+    protocol = [o for o in given if re.match(r"\+*protocol[.=]", o)]
+    if evaluations and not any(o.startswith("protocol=") for o in protocol):
+        protocol.insert(0, "protocol=honest")  # that of wsss-eval
+    chosen = [f"method.weights={quote(cfg.baseline.weights)}", f"method.text={quote(cfg.baseline.text)}"]
+    stage = {"command": "train", "overrides": ["method=clip_es", "monitor=null", *protocol, *chosen]}
+    return {BASELINE: stage, **described}
 
 
 def resolve(cfg: DictConfig, described: Mapping[str, Any], dataset: Sequence[str]) -> list[Stage]:

@@ -358,6 +358,29 @@ class LongSideCrop:
         return random_crop(views, self.crop_size, rng, np.array(self.mean, np.float32) * 255)
 
 
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Photometric distortion (Liu et al., SSD, ECCV 2016, arXiv 1512.02325), each change in half of the cases.
+
+    Up to 32 levels are added, contrast and saturation multiplied by 0.5 to 1.5, hues turned by up to 36 degrees; the
+    contrast comes before the saturation or behind the hue. Levels that leave 0..255 are cut after each change.
+    """
+    levels = np.arange(256, dtype=np.float32)
+    added = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
+    factor = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    turn = int(rng.integers(-18, 19)) if rng.random() < 0.5 else 0  # OpenCV's hues are halves of degrees
+    contrast = np.rint(np.clip(factor * levels, 0, 255)).astype(np.uint8)
+    last = rng.random() < 0.5
+    image = cv2.LUT(image, np.rint(np.clip(levels + added, 0, 255)).astype(np.uint8))
+    image = image if last else cv2.LUT(image, contrast)
+    if saturation != 1 or turn:
+        hue, chroma, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+        hue = cv2.LUT(hue, ((levels + turn) % 180).astype(np.uint8))
+        chroma = cv2.LUT(chroma, np.rint(np.clip(saturation * levels, 0, 255)).astype(np.uint8))
+        image = cv2.cvtColor(cv2.merge([hue, chroma, value]), cv2.COLOR_HSV2RGB)
+    return cv2.LUT(image, contrast) if last else image
+
+
 class ScaleCrop:
     """The training transform of DeepLab as PSA's followers train it: random scale, mirror image, crop.
 
@@ -369,17 +392,26 @@ class ScaleCrop:
         scale: smallest and largest factor of the image size.
         padding: id of the mask's pixels where the image ends: 255 leaves them out, 0, the released code's, makes
             background of them.
+        distortion: change the colours by `distort`, as WeakTr does.
     """
 
     mean = (0.485, 0.456, 0.406)
 
-    def __init__(self, crop_size: int = 321, scale: Sequence[float] = (0.7, 1.3), padding: int = 255) -> None:
+    def __init__(
+        self,
+        crop_size: int = 321,
+        scale: Sequence[float] = (0.7, 1.3),
+        padding: int = 255,
+        distortion: bool = False,
+    ) -> None:
         if padding not in (0, 255):
             raise InputError(f"transform.padding is {padding}: expected 255 (left out) or 0 (background)")
         self.crop_size, self.scale = _check(crop_size, scale)
-        self.padding = np.uint8(padding)
+        self.padding, self.distortion = np.uint8(padding), distortion
 
     def __call__(self, views: Views, rng: np.random.Generator) -> Views:
+        if self.distortion:
+            views = views | {"image": distort(views["image"], rng)}
         size, (height, width) = self.crop_size, scaled_size(views["image"], rng.uniform(*self.scale))
         views = {name: self.resize(view, (width, height)) for name, view in views.items()}
         if rng.random() > 0.5:

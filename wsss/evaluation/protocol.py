@@ -30,6 +30,9 @@ class Protocol:
         softmax: scores are fused as they are and softmax makes probabilities of them `after`, or they are brought to
             probabilities `before`; those of several scales then do not sum to 1.
         align_corners: how the image is resized to a scale.
+        window: side in pixels of the square windows through which the segmentation sees an image of each scale; their
+            scores are averaged where they overlap. None shows it the whole. CAMs are always of the whole.
+        stride: from one window to the next.
         crf: arguments of `wsss.refine.crf.dense_crf` for the segmentation; None for no CRF.
         image_labels: `true`: CAMs are cut to the labels of the image, as the field does; `predicted`: to the
             classes with a probability above one half.
@@ -53,6 +56,8 @@ class Protocol:
     fusion: str = "max"
     softmax: str = "after"
     align_corners: bool = False
+    window: int | None = None
+    stride: int | None = None
     crf: Mapping[str, Any] | None = None
     image_labels: str = "true"
     segmentation_labels: str = "none"
@@ -71,10 +76,18 @@ class Protocol:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"protocol.{name} is {getattr(self, name)!r}: expected {' or '.join(known)}")
-        for name in ("max_side", "size"):
+        for name in ("max_side", "size", "window"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise InputError(f"protocol.{name} is {side}: expected a positive number of pixels or null")
         check_scales("protocol.scales", self.scales)
+        if (self.window is None) != (self.stride is None):
+            raise InputError(
+                f"protocol.window is {self.window} and protocol.stride {self.stride}: give both in pixels, or neither"
+            )
+        if self.window is not None and self.stride is not None and not self.window / 8 <= self.stride <= self.window:
+            raise InputError(
+                f"protocol.stride is {self.stride}: expected an eighth of protocol.window={self.window} to all of it"
+            )
         if self.area_prior is None and self.threshold == "area_prior":
             raise InputError("protocol.area_prior is not set, which protocol.threshold=area_prior needs: give a share")
         if self.area_prior is not None and not 0 < self.area_prior < 1:
@@ -137,6 +150,7 @@ class Protocol:
         for word, step in self.steps().items():
             fusion = step.fusion if step.softmax == "after" else f"{step.fusion} of probabilities"
             fused = replace(alone, fusion=None if tuple(step.scales) == (1.0,) else fusion, flip=step.flip)
+            fused = replace(fused, windows=(step.window, step.stride) if step.window and step.stride else None)
             fused = replace(fused, scales=tuple(step.scales), crf=step.crf, labels_at_test=self.segmentation_labels)
             notes |= _of_masks(word, fused)
         for name in cam_names:
@@ -174,6 +188,7 @@ class Measured:
             method fuses CAMs.
         fusion: of the segmentation's scales; None for CAMs, and where there is one scale.
         size: of the image at scale 1.
+        windows: side and stride of those through which the segmentation saw it; None where it saw the whole.
         labels_at_test: which labels of the image its classes were chosen by: `true`, `predicted` or `none`.
         crf: arguments of the dense CRF; None without.
         threshold_rule: of the background of CAMs, see `Protocol`; `first_drop`, MCTformer's sweep; `every`, the mean
@@ -190,6 +205,7 @@ class Measured:
     flip: str = "none"
     fusion: str | None = None
     size: str = "image size"
+    windows: tuple[int, int] | None = None
     labels_at_test: str = "none"
     crf: Mapping[str, Any] | None = None
     threshold_rule: str | None = None
@@ -216,6 +232,7 @@ class Measured:
             "last checkpoint" if self.checkpoint_rule == "last" else f"checkpoint {self.checkpoint_rule}",
             f"{scaled}{fusion}{flip}",
             self.size,
+            "windows of {} pixels every {}".format(*self.windows) if self.windows else None,
             f"{'no' if self.labels_at_test == 'none' else self.labels_at_test} image labels",
             "no CRF" if self.crf is None else "CRF " + ", ".join(f"{key} {value}" for key, value in self.crf.items()),
             threshold.get(self.threshold_rule, self.threshold_rule) if self.threshold_rule else None,

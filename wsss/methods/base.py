@@ -30,6 +30,7 @@ class OfficialCheckpoint(NamedTuple):
     option: str  # name of our method in conf/method
     state_dict: dict[str, Tensor]
     values: dict[str, Any]  # the constructor's arguments that the file itself tells
+    asks: tuple[str, ...] = ()  # those of `start_arguments` that it does not answer, so that the command gives them
 
 
 class WSSSModule(Stage):

@@ -12,7 +12,8 @@ from wsss import InputError
 from wsss.cam import min_max, resize_photograph
 from wsss.evaluation.protocol import Measured
 from wsss.methods.base import WSSSModule
-from wsss.networks.clip import CLIPTower, FeatureCache, Seen, embed_text
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import CLIPTower, Seen, embed_text
 from wsss.refine.affinity import spread, transition
 
 
@@ -66,7 +67,12 @@ def gradient_maps(
 
 def unsaid(**weights: str | None) -> list[str]:
     """Arguments that no checkpoint may set: a command has to give weights and a cache that differ from conf/."""
-    return ["cache_features", *(name for name, value in weights.items() if value is not None)]
+    return [
+        "cache_features",
+        "cache_folder",
+        "cache_folder_gb",
+        *(name for name, value in weights.items() if value is not None),
+    ]
 
 
 class CLIPMaps(WSSSModule):
@@ -80,11 +86,11 @@ class CLIPMaps(WSSSModule):
         weights: str | None,
         arguments: Mapping[str, Any] | None,
         half_positions: bool,
-        cache_features: float | None,
+        cache: tuple[float | None, str | None, float],
     ) -> None:
-        """The frozen tower, and the checks of what depends on its depth."""
+        """The frozen tower, and the checks of what depends on its depth; `cache` has what `FeatureCache` keeps."""
         self.tower = CLIPTower(backbone, weights, arguments, half_positions)
-        self.cache = FeatureCache(cache_features)
+        self.cache = FeatureCache(f"{self.tower.digest} {half_positions}", *cache)
         layers, threshold = self.hparams.affinity_layers, self.hparams.box_threshold
         if not 1 <= layers <= self.tower.depth:
             raise InputError(f"affinity_layers is {layers}, but {backbone} has {self.tower.depth}: give 1 to that many")
@@ -122,7 +128,7 @@ class CLIPMaps(WSSSModule):
 
     def see(self, image: Tensor) -> Seen:
         """What the tower sees, from the cache where it is there."""
-        return self.cache(image, self.tower) if self.cache.limit else self.tower(image)
+        return self.cache(image, self.tower)
 
     def infer(self, image: Tensor, cams: bool = True) -> dict[str, Tensor]:
         return self.infer_batch({"image": image}, cams)
@@ -211,6 +217,8 @@ class CLIPES(CLIPMaps):
         half_positions: round the resized position table to half precision, as the released code does.
         cache_features: GB of memory for what the tower sees in images, which are looked at one by one then; null or 0
             keeps nothing. It saves time where an image comes again as it was.
+        cache_folder: keep it in files of this folder, too, for later runs; null keeps none.
+        cache_folder_gb: that the files may take; an image of 512x512 pixels takes 85 MB with ViT-B/16.
     """
 
     def __init__(
@@ -228,10 +236,14 @@ class CLIPES(CLIPMaps):
         background_threshold: float = 0.5,
         half_positions: bool = False,
         cache_features: float | None = None,
+        cache_folder: str | None = None,
+        cache_folder_gb: float = 20.0,
     ) -> None:
         super().__init__(num_classes, classes, background_threshold, (1.0,), {}, ())
         self.save_hyperparameters(ignore=unsaid(weights=weights))
-        self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
+        self.build_tower(
+            backbone, weights, backbone_args, half_positions, (cache_features, cache_folder, cache_folder_gb)
+        )
         self.build_text(text, background)
         self.mean, self.std = self.tower.mean, self.tower.std
 

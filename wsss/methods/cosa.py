@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.cam import box_mask, larger, min_max, rescale, resize, with_background
-from wsss.methods.base import WSSSModule
-from wsss.methods.toco import ToCo
+from wsss.methods.base import OfficialCheckpoint, WSSSModule
+from wsss.methods.toco import OFFICIAL_HEAD, OFFICIAL_LAYOUT, ToCo, read_official_vit
 from wsss.networks.decoders import LargeFOV
 from wsss.networks.vit import ViTEncoder
 from wsss.optim import adamw, stepwise, update_average, warmup_poly
 from wsss.refine.par import refine_cam
+from wsss.refine.thresholds import MixtureThresholds
 
 
 class Stream(nn.Module):
@@ -56,7 +57,7 @@ class CoSA(WSSSModule):
     The teacher's CAM is the pseudo label of the student's segmentation, and the teacher's segmentation, made soft and
     cut to the image labels, the target of the student's CAM. The teacher is the moving average of the student, and what
     is evaluated and predicts. The soft perplexity weights and the contrastive separation of the paper are in no
-    released run, nor here; its dynamic thresholds are switched off in them, see `mixture_thresholds`.
+    released run, nor here; its dynamic thresholds are in the released code and switched off in all runs, and so here.
 
     A training batch holds `image`, the weak view, `strong_view` (B, 3, H, W), the same pixels in other colours, `label`
     and `image_box` (B, 4).
@@ -79,6 +80,9 @@ class CoSA(WSSSModule):
         high_threshold: the high background score of the pseudo label.
         aux_low_threshold: the low one of the pseudo label of the auxiliary CAM.
         aux_high_threshold: the high one of it.
+        dynamic_thresholds: `batches`, `least` and `momentum` of `MixtureThresholds`, {} for those of the released code:
+            in each step that makes pseudo labels these four begin to follow the largest values of the teacher's CAMs on
+            the grid of patches, of main and auxiliary CAM apart. None leaves them as they are.
         label_scale: the pseudo labels are made at this resolution relative to the image's.
         temperature: of the softmax that makes the target of the CAM of the sum of the teacher's scores.
         losses: weight and arguments of cls, aux_cls, seg, swap_cam, dense_energy; null leaves a term out.
@@ -115,6 +119,7 @@ class CoSA(WSSSModule):
         high_threshold: float = 0.7,
         aux_low_threshold: float = 0.25,
         aux_high_threshold: float = 0.7,
+        dynamic_thresholds: Mapping[str, Any] | None = None,
         label_scale: float = 0.5,
         temperature: float = 0.01,
         losses: Mapping[str, Mapping[str, Any] | None] | None = None,
@@ -164,6 +169,15 @@ class CoSA(WSSSModule):
                     f"warmup_weights.{key} is {weight}: expected a number or null for one of {', '.join(computed)}"
                 )
         self.warmup_weights = dict(warmup_weights)
+        self.dynamic: Any = None  # MixtureThresholds of each kind of CAM
+        if dynamic_thresholds is not None:
+            known = ("batches", "least", "momentum")
+            if unknown := set(dynamic_thresholds) - set(known):
+                raise InputError(f"dynamic_thresholds.{min(unknown)} does not exist: known are {', '.join(known)}")
+            starts = {"cam": (low_threshold, high_threshold), "aux_cam": (aux_low_threshold, aux_high_threshold)}
+            self.dynamic = nn.ModuleDict(
+                {name: MixtureThresholds(*start, **dynamic_thresholds) for name, start in starts.items()}
+            )
 
         network = (num_classes, backbone, weights, backbone_args, aux_layer, decoder_channels, decoder_dilation)
         self.student = Stream(*network)
@@ -216,6 +230,9 @@ class CoSA(WSSSModule):
         if not weights.keys() <= {"cls", "aux_cls"}:
             cam, aux_cam, scores = self.assign(weak)
             seg = resize(output["seg"], strong.shape[-2:])
+            for name, maps in (("cam", cam), ("aux_cam", aux_cam)) if self.dynamic is not None else ():
+                values = resize(maps * label[:, :, None, None], output["cam"].shape[-2:]).amax(1)
+                self.dynamic[name](values)
             pseudo = self.pseudo_label(weak, cam, label, box, batch.get("max_labels"))
         if "seg" in weights:
             aux_pseudo = self.pseudo_label(weak, aux_cam, label, box, batch.get("max_labels"), "aux_")
@@ -262,7 +279,9 @@ class CoSA(WSSSModule):
         """
         if box is None:
             box = torch.tensor([[0, image.shape[2], 0, image.shape[3]]], device=image.device).expand(len(image), -1)
-        thresholds = (self.hparams[f"{kind}low_threshold"], self.hparams[f"{kind}high_threshold"])
+        thresholds = [self.hparams[f"{kind}low_threshold"], self.hparams[f"{kind}high_threshold"]]
+        if self.dynamic is not None:
+            thresholds = self.dynamic[f"{kind}cam"].bounds.tolist()
         valid, count = box_mask(box, image.shape[-2:]), max_labels or self.num_classes
         pseudo = refine_cam(None, image, cam, label, thresholds, valid, count, self.hparams.label_scale)
         return pseudo if self.has_background else pseudo.masked_fill(pseudo == 0, 255)
@@ -279,6 +298,15 @@ class CoSA(WSSSModule):
         super().optimizer_step(*args, **kwargs)
         update_average(self.teacher.parameters(), self.student.parameters(), self.hparams.ema_momentum)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.dynamic is not None:
+            checkpoint["cam_values"] = {name: [*thresholds.values] for name, thresholds in self.dynamic.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, values in checkpoint.get("cam_values", {}).items() if self.dynamic is not None else ():
+            self.dynamic[name].values.extend(tensor.to(self.device) for tensor in values)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = (self.student.classifier, self.student.aux_classifier, self.student.decoder)
         groups = [
@@ -292,6 +320,32 @@ class CoSA(WSSSModule):
         warmup = (self.hparams.warmup_steps, self.hparams.warmup_ratio)
         return stepwise(optimizer, warmup_poly(self.total_steps, *warmup, self.hparams.power))
 
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """The state dict of one network of the original code, student or teacher, which both of ours become.
+
+        It tells `num_classes`, `backbone_args` (see `vit_arguments`) and `decoder_channels`. ToCo has the same names,
+        and projectors.
+        """
+        names = {name.removeprefix("module.") for name in state}
+        if any(name.startswith(("encoder.visual.", "proj_head")) for name in names):
+            return None
+        if not any(name.startswith("encoder.") for name in names):
+            return None
+        kept, _, values, said = read_official_vit(state, STREAM_LAYOUT)
+        if said:
+            raise InputError(
+                f"checkpoint {path} is no network of the original CoSA code: it {said}; give the state dict of its "
+                "student or its teacher, or a checkpoint of wsss-train"
+            )
+        both = {f"{stream}.{name}": t for stream in ("student", "teacher") for name, t in kept.items()}
+        return OfficialCheckpoint("cosa", both, values)
+
     def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Any) -> Tensor:
         """As released: scales are summed at the network's size, and their sum is enlarged."""
         return resize(super()._fuse(image, self.sized(image).shape[-2:], seg, protocol), size)
+
+
+STREAM_LAYOUT = {name: axes for name, axes in OFFICIAL_LAYOUT.items() if not name.startswith("projector.")}
+STREAM_LAYOUT |= {f"{OFFICIAL_HEAD}weight": "labels width", f"{OFFICIAL_HEAD}bias": "labels"}
+"""Names of `Stream` and shapes in a file of the original code, whose unused head is of any size."""

@@ -1,6 +1,6 @@
 """What all stages of a recipe share: loss terms, protocol, figures, checkpoint contents. No training logic."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import denormalise, multiscale_seg, reduce, resize, with_background
+from wsss.cam import denormalise, multiscale_seg, reduce, resize, windowed, with_background
 from wsss.evaluation.details import OverSmoothing, mask_details, per_image
 from wsss.evaluation.metrics import SegmentationIoU, figures_of, tables_of
 from wsss.evaluation.protocol import Measured, Protocol, extra_supervision
@@ -114,6 +114,14 @@ class Stage(pl.LightningModule):
         told = origin.get("loaded", ())
         self.started_from = [name for name in told if isinstance(name, str)] if isinstance(told, list | tuple) else []
 
+    def complete(self, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+        """The weights of a paper's own checkpoint that `asks`, with what no such file holds.
+
+        Raises:
+            InputError: they do not belong to what the command gave; `path` names the file.
+        """
+        return dict(state)
+
     def colours(self, image: Tensor) -> Tensor:
         """Undoes the normalisation: (B, 3, H, W) colours 0..255, float."""
         return denormalise(image, self.mean, self.std)
@@ -162,11 +170,18 @@ class Stage(pl.LightningModule):
     def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
         """Scores, or probabilities, of all scales."""
         before = protocol.softmax == "before"
-        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
+        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
             scores = resize(seg, size)
             return scores.softmax(1) if before else scores
         how = (protocol.scales, protocol.flip, protocol.fusion, before, protocol.align_corners)
-        return multiscale_seg(lambda x: self(x)["seg"], self.sized(image), size, *how)
+        return multiscale_seg(self.scores(protocol), self.sized(image), size, *how)
+
+    def scores(self, protocol: Protocol) -> Callable[[Tensor], Tensor]:
+        """`seg` of images (B, 3, H, W), through the windows of a protocol, if it has any."""
+        window, stride = protocol.window, protocol.stride
+        if window is None or stride is None:
+            return lambda image: self(image)["seg"]
+        return lambda image: windowed(lambda part: self(part)["seg"], image, window, stride)
 
     def _refine(self, image: Tensor, scores: Tensor, protocol: Protocol) -> Tensor:
         """What the CRF makes of scores, if there is one, without background if there is none."""

@@ -320,32 +320,47 @@ class ToCo(WSSSModule):
 
         It tells `num_classes`, `backbone_args` (see `vit_arguments`), `decoder_channels` and `projector`.
         """
-        if not any(name.removeprefix("module.").startswith(("encoder.", "proj_head")) for name in state):
+        if not any(name.removeprefix("module.").startswith("proj_head") for name in state):
             return None
-        ours = {_our_name(name): tensor for name, tensor in state.items()}
         projector = {name: axes for name, axes in OFFICIAL_LAYOUT.items() if name.startswith("projector.")}
         layout = OFFICIAL_LAYOUT | {f"teacher_{name}": axes for name, axes in projector.items()}
-        head = [name for name in layout if name.startswith(OFFICIAL_HEAD)]
-        said, sizes = compare_layout(ours, layout, head, _official_name)
-        faults = [said] if said else []
-        side = math.isqrt(sizes.get("positions", 2) - 1)  # a missing embedding is among the faults already
-        if side == 0 or sizes.get("positions", 2) != 1 + side**2:
-            faults.append("has a grid of positions that is no square in encoder.pos_embed")
-        if len(ours) < len(state):
-            faults.append("has some weights twice under different names")
-        if faults:
+        kept, sizes, values, said = read_official_vit(state, layout)
+        if said:
             raise InputError(
-                f"checkpoint {path} is no checkpoint of the original ToCo code: it {' and '.join(faults)}; give a "
+                f"checkpoint {path} is no checkpoint of the original ToCo code: it {said}; give a "
                 "model_iter_<n>.pth of a ViT-B or DeiT-B run, or a checkpoint of wsss-train"
             )
-        values = {
-            "num_classes": sizes["classes"],
-            "backbone_args": vit_arguments(sizes, side),
-            "decoder_channels": sizes["channels"],
-            "projector": {key: sizes[key] for key in ("hidden", "bottleneck", "out")},
-        }
-        kept = {name: tensor.float() for name, tensor in ours.items() if name not in head}
+        values["projector"] = {key: sizes[key] for key in ("hidden", "bottleneck", "out")}
         return OfficialCheckpoint("toco", kept, values)
+
+
+def read_official_vit(
+    state: Mapping[str, Tensor], layout: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any], str]:
+    """What a file of the original code, or of CoSA's, which has its names, holds for us.
+
+    Args:
+        state: of the file.
+        layout: our names and the shapes, as in `OFFICIAL_LAYOUT`.
+
+    Returns:
+        Our weights by our names, without the ImageNet head, which alone may be absent; the sizes that the shapes tell;
+        `num_classes`, `backbone_args` and `decoder_channels`; in words what does not fit.
+    """
+    ours = {_our_name(name): tensor for name, tensor in state.items()}
+    head = [name for name in layout if name.startswith(OFFICIAL_HEAD)]
+    said, sizes = compare_layout(ours, layout, head, _official_name)
+    faults = [said] if said else []
+    side = math.isqrt(sizes.get("positions", 2) - 1)  # a missing embedding is among the faults already
+    if side == 0 or sizes.get("positions", 2) != 1 + side**2:
+        faults.append("has a grid of positions that is no square in encoder.pos_embed")
+    if len(ours) < len(state):
+        faults.append("has some weights twice under different names")
+    if faults:
+        return {}, sizes, {}, " and ".join(faults)
+    values = {"num_classes": sizes["classes"], "backbone_args": vit_arguments(sizes, side)}
+    values["decoder_channels"] = sizes["channels"]
+    return {name: tensor.float() for name, tensor in ours.items() if name not in head}, sizes, values, ""
 
 
 def draw_crops(region: Tensor, crop_size: int, count: int) -> Tensor:

@@ -1,6 +1,7 @@
 """WeCLIP (Zhang et al., CVPR 2024, arXiv 2406.11189), with DINO WeCLIP+ (TPAMI 2025): a decoder on frozen towers."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,9 +14,12 @@ from torch import Tensor
 from wsss import InputError
 from wsss.cam import box_mask, multiscale_seg, of_classes, present_classes, resize
 from wsss.evaluation.protocol import Measured, Protocol
+from wsss.methods.base import OfficialCheckpoint
 from wsss.methods.clip_es import CLIPMaps, unsaid
-from wsss.networks.clip import FeatureCache, Seen
+from wsss.networks.cache import FeatureCache
+from wsss.networks.clip import Seen
 from wsss.networks.weclip import Decoder, DINOTower, Fusion
+from wsss.networks.weights import VIT_LAYOUT, compare_layout
 from wsss.optim import adamw, stepwise, warmup_poly
 from wsss.refine.affinity import refined_attention
 from wsss.refine.par import PAR
@@ -47,7 +51,7 @@ class WeCLIP(CLIPMaps):
 
     Args:
         num_classes, classes, backbone, weights, backbone_args, text, background, logit_scale, half_positions,
-            cache_features: see `CLIPES`; logit_scale is 25 with CLIP's ViT-L in WeCLIP+.
+            cache_features, cache_folder, cache_folder_gb: see `CLIPES`; logit_scale is 25 with CLIP's ViT-L in WeCLIP+.
         affinity_layers: so many last layers spread maps until `static_steps`.
         refine_layers: among so many last ones the refinement module chooses.
         static_steps: from this step on it does.
@@ -104,6 +108,8 @@ class WeCLIP(CLIPMaps):
         ignore_padding: bool = False,
         half_positions: bool = False,
         cache_features: float | None = None,
+        cache_folder: str | None = None,
+        cache_folder_gb: float = 20.0,
         losses: Mapping[str, Mapping[str, Any] | None] | None = None,
         lr: float = 2e-3,
         weight_decay: float = 0.01,
@@ -118,7 +124,8 @@ class WeCLIP(CLIPMaps):
                 "losses.cross lets two branches learn from each other: set method.dino, or losses.cross=null"
             )
         self.save_hyperparameters(ignore=unsaid(weights=weights, dino_weights=dino_weights))
-        self.build_tower(backbone, weights, backbone_args, half_positions, cache_features)
+        cache = (cache_features, cache_folder, cache_folder_gb)
+        self.build_tower(backbone, weights, backbone_args, half_positions, cache)
         self.build_text(text, background)
         if normalisation not in ("imagenet", "clip"):
             raise InputError(f"normalisation is {normalisation!r}: expected imagenet or clip")
@@ -144,7 +151,7 @@ class WeCLIP(CLIPMaps):
         self.dino: DINOTower | None = None
         if dino is not None:
             self.dino = DINOTower(dino, dino_weights, dino_args)
-            self.dino_cache = FeatureCache(cache_features)
+            self.dino_cache = FeatureCache(self.dino.digest, *cache)
             self.dino_fusion = Fusion(self.dino.width, 1, channels, dropout)
         self.decoder = Decoder(channels, decoder_depth, decoder_heads, 1 + num_classes)
         self.par = PAR(**{"iterations": 20} | dict(par or {}))
@@ -170,7 +177,7 @@ class WeCLIP(CLIPMaps):
         seen = self.see(image)
         if self.dino is None:
             return seen, None
-        return seen, self.dino_cache(image, self.dino) if self.dino_cache.limit else self.dino(image)
+        return seen, self.dino_cache(image, self.dino)
 
     def decode(self, seen: Seen, dino: Seen | None) -> Decoded:
         """What is learnt, from what the towers see."""
@@ -271,12 +278,11 @@ class WeCLIP(CLIPMaps):
 
     def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
         """Scores of all scales, which are factors of coordinates, too, fused on the grid of scale 1, as released."""
-        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none":
+        if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
             return super()._fuse(image, size, seg, protocol)
         how = (protocol.scales, protocol.flip, protocol.fusion, protocol.softmax == "before", protocol.align_corners)
-        return resize(
-            multiscale_seg(lambda x: self(x)["seg"], self.sized(image), seg.shape[-2:], *how, rescale_by_factor), size
-        )
+        scores = multiscale_seg(self.scores(protocol), self.sized(image), seg.shape[-2:], *how, rescale_by_factor)
+        return resize(scores, size)
 
     def describe(self, split: str) -> dict[str, Measured]:
         notes, side = super().describe(split), self.hparams.long_side
@@ -290,6 +296,51 @@ class WeCLIP(CLIPMaps):
         schedule = (self.hparams.warmup_steps, self.hparams.warmup_ratio, self.hparams.power)
         return stepwise(optimizer, warmup_poly(self.total_steps, *schedule))
 
+    @classmethod
+    def read_official(cls, state: Mapping[str, Tensor], path: str) -> OfficialCheckpoint | None:
+        """A checkpoint of WeCLIP; the names in those of WeCLIP+ are not known here.
+
+        It tells `num_classes`, `channels` and `decoder_depth`. The tower and the embeddings of the names come from the
+        command, `weights` and `text`; where the file holds its tower, `complete` compares the two.
+        """
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if not any(name.startswith("decoder_fts_fuse.") for name in state):
+            return None
+        learnt = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.", "par."))}
+        ours = {_our_name(name): tensor for name, tensor in learnt.items()}
+        layers = len({name.split(".")[2] for name in ours if name.startswith("fusion.heads.")})
+        heads = {
+            f"fusion.heads.{layer}.{part}": axes
+            for layer in range(layers)
+            for part, axes in (("0.weight", "width tower"), ("0.bias", "width"), ("2.weight", "width width"))
+        } | {f"fusion.heads.{layer}.2.bias": "width" for layer in range(layers)}
+        said, sizes = compare_layout(ours, OFFICIAL_LAYOUT | heads, shown=official_name)
+        if not said and sizes["fused"] != layers * sizes["width"]:
+            said = f"has {layers} layers of {sizes['width']} channels, but fuses {sizes['fused']} channels"
+        if said:
+            raise InputError(
+                f"checkpoint {path} looks like one of the original WeCLIP code, but it {said}; give one of WeCLIP (of "
+                "WeCLIP+ the names are not known), or a checkpoint of wsss-train"
+            )
+        values = {"num_classes": sizes["outputs"] - 1, "channels": sizes["width"], "decoder_depth": sizes["depth"]}
+        tower = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.visual.")}
+        tower.pop("visual.positional_embedding_new", None)  # of the last image
+        kept = {name: tensor.float() for name, tensor in (ours | tower).items()}
+        return OfficialCheckpoint("weclip", kept, values, ("text",))
+
+    def complete(self, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+        """With the key of the tower and the embeddings of the names, after the file's tower was compared with ours."""
+        own = self.state_dict()
+        given = {name: own[name] for name in ("tower.key", "text", "background_text")}
+        tower = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+        if tower and not self.tower.is_that_of(tower):
+            raise InputError(
+                f"checkpoint {path} was trained on another image tower of CLIP than method.weights gives: add "
+                "method.weights=FILE, or the tag of timm, of its own, and method.backbone where it is no ViT-B/16"
+            )
+        learnt = {name: tensor for name, tensor in state.items() if name not in tower}
+        return learnt | given
+
 
 def log_odds(seg: Tensor) -> Tensor:
     """(B, C): the largest log odds of each class over the positions of scores (B, 1 + C, h, w)."""
@@ -300,3 +351,53 @@ def log_odds(seg: Tensor) -> Tensor:
 def rescale_by_factor(image: Tensor, scale: float, align_corners: bool) -> Tensor:
     """Resized bilinearly by a factor, which also maps the coordinates, though sides are rounded down."""
     return F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=align_corners)
+
+
+OFFICIAL_MODULES = {
+    "fusion.heads.": "decoder_fts_fuse.linears_modulelist.",
+    "fusion.fuse.": "decoder_fts_fuse.linear_fuse.",
+    "decoder.blocks.": "decoder.transformer.resblocks.",
+    "decoder.classifier.": "decoder.linear_pred.",
+}
+"""First part of our names -> the original's."""
+
+OFFICIAL_PARTS = {
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj.": "attn.out_proj.",
+    ".norm1.": ".ln_1.",
+    ".norm2.": ".ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+"""Parts of our names behind it -> the original's."""
+
+OFFICIAL_LAYOUT = {
+    "fusion.fuse.weight": "width fused 1 1",
+    "fusion.fuse.bias": "width",
+    **{f"decoder.{name}": axes for name, axes in VIT_LAYOUT.items() if name.startswith("blocks.")},
+    "decoder.classifier.weight": "outputs width 1 1",
+    "decoder.classifier.bias": "outputs",
+}
+"""Our names and the shapes of what is learnt, but for the heads of the layers."""
+
+
+def official_name(name: str) -> str:
+    """Our name of what is learnt -> the original's."""
+    for ours, theirs in OFFICIAL_MODULES.items():
+        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    for ours, theirs in OFFICIAL_PARTS.items():
+        name = name.replace(ours, theirs)
+    name = re.sub(r"(modulelist\.\d+)\.0\.", r"\1.proj.", name)
+    return re.sub(r"(modulelist\.\d+)\.2\.", r"\1.proj_2.", name)
+
+
+def _our_name(name: str) -> str:
+    """A name of the original -> ours; one that is not known stays."""
+    name = re.sub(r"(modulelist\.\d+)\.proj\.", r"\1.0.", name)
+    name = re.sub(r"(modulelist\.\d+)\.proj_2\.", r"\1.2.", name)
+    for ours, theirs in OFFICIAL_PARTS.items():
+        name = name.replace(theirs, ours)
+    first = {theirs: ours for ours, theirs in OFFICIAL_MODULES.items()}
+    head = next((theirs for theirs in first if name.startswith(theirs)), "")
+    return first.get(head, "") + name.removeprefix(head)

@@ -2,8 +2,7 @@
 
 import hashlib
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from wsss import InputError
@@ -49,6 +48,11 @@ class Frozen(nn.Module):
         self.key: Tensor
         self.register_buffer("key", torch.frombuffer(bytearray(told.digest()), dtype=torch.uint8))
         self.eval()
+
+    @property
+    def digest(self) -> str:
+        """`key` in hexadecimal digits."""
+        return bytes(self.key.tolist()).hex()
 
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)
@@ -114,6 +118,16 @@ class CLIPTower(Frozen):
         self.embedding: int = network.num_classes
         self.depth = len(network.blocks)
 
+    def is_that_of(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether it has the weights of a file with OpenAI's names (`visual.*`), which may be in half precision."""
+        own = self.network.state_dict()
+        try:
+            theirs = checkpoint_filter_fn(dict(state), self.network)
+            close = [torch.allclose(theirs[name].to(own[name]), t, rtol=1e-3, atol=1e-6) for name, t in own.items()]
+        except Exception:  # whatever a foreign tower provokes in timm's filter
+            return False
+        return all(close)
+
     def positions(self, size: tuple[int, int]) -> Tensor:
         """(1 + h*w, D): the table for a grid of `size`."""
         table = self.network.pos_embed[0]
@@ -158,48 +172,6 @@ class CLIPTower(Frozen):
     def embed(self, tokens: Tensor) -> Tensor:
         """Image embeddings (B, E) of length 1 from the mean of the patches of the last block's output."""
         return F.normalize(self.network.head(self.network.norm(tokens[:, 1:]).mean(1)), dim=-1)
-
-
-class FeatureCache:
-    """What a tower saw in images that come again, in memory; the least recently used go first.
-
-    With a limit every image is looked at alone, so that what is found does not depend on what is kept.
-
-    Args:
-        limit_gb: that all of it may take; None or 0 keeps nothing.
-    """
-
-    def __init__(self, limit_gb: float | None) -> None:
-        self.limit = (limit_gb or 0.0) * 1e9
-        if self.limit < 0:
-            raise InputError(f"cache_features is {limit_gb}: expected a number of GB, or null")
-        self.kept: OrderedDict[bytes, Seen] = OrderedDict()
-        self.size = self.hits = 0
-
-    def __call__(self, image: Tensor, look: Callable[[Tensor], Seen]) -> Seen:
-        """What `look` gives for images (B, 3, H, W)."""
-        found = [self._one(one[None], look) for one in image]
-        blocks, attention = (torch.cat([getattr(seen, name) for seen in found], 1) for name in ("blocks", "attention"))
-        return Seen(blocks.to(image.device), attention.to(image.device), found[0].size)
-
-    def _one(self, image: Tensor, look: Callable[[Tensor], Seen]) -> Seen:
-        array = image.cpu().contiguous().numpy()
-        key = hashlib.sha256(array.tobytes() + str(array.shape).encode()).digest()
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            self.hits += 1
-            return self.kept[key]
-        seen = look(image)
-        seen = Seen(seen.blocks.cpu(), seen.attention.cpu(), seen.size)
-        self.kept[key] = seen
-        self.size += _bytes(seen)
-        while self.size > self.limit:
-            self.size -= _bytes(self.kept.popitem(last=False)[1])
-        return seen
-
-
-def _bytes(seen: Seen) -> int:
-    return seen.blocks.nbytes + seen.attention.nbytes
 
 
 def attend(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:

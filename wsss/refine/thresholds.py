@@ -4,9 +4,10 @@ Class ids of label maps: 0 background, c + 1 for class c, 255 ignore.
 """
 
 import math
+from collections import deque
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsss import InputError
 from wsss.cam import area_prior, otsu
@@ -170,3 +171,46 @@ def mixture_thresholds(values: Tensor, components: int = 3, tolerance: float = 1
     which = log.argmax(dim=1)
     lowest, highest = x[which == 0], x[which == components - 1]
     return (lowest.max().item() if len(lowest) else 0.0, highest.min().item() if len(highest) else 1.0)
+
+
+class MixtureThresholds(nn.Module):
+    """Low and high background scores that follow the CAMs of a training (CoSA's dynamic thresholds).
+
+    After each batch they move towards the `mixture_thresholds` of the values of the last ones.
+
+    Args:
+        low: where the low one starts.
+        high: where the high one does.
+        batches: the values of so many last batches take part.
+        least: values up to it are certainly background and take no part.
+        momentum: share of a threshold that stays in a step.
+
+    Raises:
+        InputError: a number that is out of range; it is called as in `dynamic_thresholds` of CoSA.
+    """
+
+    def __init__(
+        self, low: float, high: float, batches: int = 100, least: float = 0.05, momentum: float = 0.99
+    ) -> None:
+        super().__init__()
+        if not isinstance(batches, int) or batches < 1:
+            raise InputError(f"dynamic_thresholds.batches is {batches!r}: expected a whole number of at least 1")
+        for name, value in (("least", least), ("momentum", momentum)):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise InputError(f"dynamic_thresholds.{name} is {value!r}: expected 0 to 1")
+        self.least, self.momentum = least, momentum
+        self.bounds: Tensor
+        self.register_buffer("bounds", torch.tensor([low, high]))
+        self.values: deque[Tensor] = deque(maxlen=batches)
+        """Of the last batches; a training that goes on needs them, and nothing else does."""
+
+    @torch.no_grad()
+    def forward(self, values: Tensor) -> None:
+        """values: of a batch, of any shape; with several devices those of all, as many of each, are taken."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, values.contiguous())
+            values = torch.cat(parts)
+        self.values.append(values[values > self.least].float())
+        found = mixture_thresholds(torch.cat([*self.values]))
+        self.bounds.lerp_(self.bounds.new_tensor(found), 1 - self.momentum)

@@ -12,6 +12,7 @@ import vl_convert
 
 from wsss import __version__
 from wsss.evaluation.protocol import TRUE_LABELS
+from wsss.report.baseline import METHOD, Compared, compare_with_baseline
 from wsss.report.charts import Chart, own_charts, shared_charts
 from wsss.report.reading import Run, same_but_seed
 from wsss.writing import palette
@@ -93,6 +94,8 @@ def page(
 ) -> str:
     """The whole file. What nobody has measured has no place in it."""
     sections: list[tuple[str, str, str]] = [("figures", "Figures", _overview(runs))]
+    if compared := compare_with_baseline(runs):
+        sections.append(("baseline", "Is training worth it?", _beside_baseline(compared)))
     if seeds:
         sections.append(("seeds", "Over seeds", _over_seeds(seeds)))
     if differences:
@@ -237,6 +240,20 @@ def _tags(parts: Sequence[str]) -> str:
         for part in parts
     ]
     return f'<ul class="tags">{"".join(shown)}</ul>' if shown else ""
+
+
+def _beside_baseline(compared: Sequence[Compared]) -> str:
+    rows = []
+    for run, figure, more in compared:
+        value = run.figures[figure]
+        beside = "measured in another way" if more is None else f"{more:+.4f}"
+        beside = "no training" if run.method == METHOD else beside
+        rows.append(([run.name, TITLES[figure], _number(value), beside], run.notes.get(figure)))
+    said = (
+        "<p>CLIP-ES learns nothing here: its maps come from CLIP, which has seen pictures with captions, and the names "
+        "of the classes. What does not exceed it is not worth its training.</p>"
+    )
+    return said + _tagged("Runs beside what CLIP finds without training", ["run", "figure", "value", "more"], rows)
 
 
 def _over_seeds(seeds: Sequence[Seeds]) -> str:
