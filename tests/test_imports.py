@@ -34,6 +34,7 @@ LAYERS = {
     "outputs": {"outputs", "report", "evaluation", "writing"},
     "report": {"report", "evaluation", "writing"},
     "report/reading": {"config", "evaluation", "runs"},
+    "report/sweep": {"config", "evaluation", "report", "writing"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},

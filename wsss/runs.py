@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,46 @@ def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
     different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
     fixed = () if ours.get("global_batch_size") else ("trainer.devices",)
     return [key for key in different if key in fixed or not NO_MATTER.fullmatch(key)]
+
+
+def begin_sweep(out: Path, swept: Sequence[str], jobs: Mapping[str, Sequence[str]], search: bool) -> Path:
+    """Leave a record of a sweep's jobs, `sweep.json`, in its directory, which is returned.
+
+    Args:
+        out: the directory.
+        swept: keys that the sweep varies.
+        jobs: overrides of each job by name, which is that of its directory.
+        search: whether to go on with the newest unfinished sweep of the same jobs beside `out` instead.
+    """
+    if search:
+        begun = sorted(out.parent.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        same = (
+            path.parent for path in begun if _that_matter((read_json(path) or {}).get("jobs")) == _that_matter(jobs)
+        )
+        old = next((sweep for sweep in same if any(finished_figures(sweep / name) is None for name in jobs)), None)
+        print(
+            f"resume=auto: {f'going on with {old}' if old else f'no such sweep in {out.parent}, starting {out.name}'}"
+        )
+        out = old or out
+    record = read_json(out / "sweep.json") or {}
+    write_json(
+        out / "sweep.json",
+        {
+            "command": " ".join(sys.argv),
+            "wsss": __version__,
+            "swept": list(dict.fromkeys([*record.get("swept", ()), *swept])),
+            "jobs": record.get("jobs", {}) | {name: list(overrides) for name, overrides in jobs.items()},
+        },
+    )
+    return out
+
+
+def _that_matter(jobs: Any) -> dict[str, list[str]]:
+    """The overrides of jobs that their results depend on, as `sweep.json` has them."""
+    return {
+        str(name): sorted(override for override in given if not NO_MATTER.fullmatch(override.partition("=")[0]))
+        for name, given in (jobs or {}).items()
+    }
 
 
 def finished_figures(run: Path) -> dict[str, Any] | None:

@@ -84,6 +84,8 @@ def check_settings(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
+    if not isinstance(cfg.per_image, bool):
+        raise InputError(f"per_image is {cfg.per_image!r}: expected true or false")
     if cfg.resume not in (None, "auto"):
         raise InputError(f"resume is {cfg.resume!r}: expected auto or null; hydra.run.dir names the run to go on with")
 
@@ -119,6 +121,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
         )
     if not known:
         data.val = None  # there is nothing to measure
+    method.counts_images = cfg.per_image
     use_features(cfg, method, data)
     check_views(method, data, choices["method"], choices.get("transform"))
     dataset = plain_values(cfg.dataset, "dataset")
@@ -143,6 +146,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         FiniteLoss,
         LastCheckpoint,
         Pace,
+        PerImageCounts,
         RunLog,
         StepProgress,
         StepSeed,
@@ -154,6 +158,8 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     interval = min(settings["val_check_interval"], settings["max_steps"])
     log, pace = RunLog(cfg.trainer.log_every_n_steps), Pace()
     callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
+    if cfg.per_image:
+        callbacks.append(PerImageCounts(out))
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))
