@@ -50,7 +50,7 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         for split in ("train", "val")
     )
     worse = plain_values(cfg.worse, "worse")
-    if train is not None and (worse["images"], worse["missing"], worse["wrong"]) != (1, 0, 0):
+    if train is not None and (worse["kept"], worse["missing"], worse["wrong"]) != (1, 0, 0):
         train = call_checked(Worse, worse, "worse", source=train)
     for kind, folder in ((PseudoMasks, cfg.pseudo_masks), (PseudoScores, cfg.pseudo_scores)):
         if folder is not None and train is not None:

@@ -330,18 +330,28 @@ def _jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]]]:
     return swept, {job_name(job, swept) or str(number): job for number, job in enumerate(found)}
 
 
+def key_of(override: str) -> str:
+    """The key or group of an override."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 def _fixed(config: DictConfig, swept: Sequence[str]) -> list[str]:
     """The keys of a sweep's command line and experiment that all its jobs share."""
-    given = [*(config.hydra.sweeper.get("params") or {}), *(o.partition("=")[0] for o in config.hydra.overrides.task)]
-    return [key for key in (name.lstrip("+~").partition("@")[0] for name in given) if key not in swept]
+    given = [*(config.hydra.sweeper.get("params") or {}), *config.hydra.overrides.task]
+    return [key for key in map(key_of, given) if key not in swept]
 
 
-def job_name(overrides: Iterable[str], swept: Sequence[str]) -> str:
-    """A job by what distinguishes it, to name a directory: `ptc=null,seed=1`; empty where nothing is swept."""
+def job_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """A job by what distinguishes it, to name a directory: `ptc=null,seed=1`; empty where nothing is swept.
+
+    Where that is no plain name, or leaves something out, a hash of all that distinguishes it stands at the end.
+    """
     name = ",".join(part for part in job_parts(overrides, swept).values() if part)
-    plain = re.sub(r"[^\w.=,+-]", "_", name)[:LONGEST_JOB]
-    mark = "" if plain == name else f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return plain + mark
+    plain = re.sub(r"[^\w.=,+-]", "_", name, flags=re.ASCII)[:LONGEST_JOB]
+    given = [override for override in overrides if key_of(override) in swept]
+    if plain == name and not any("/" in override for override in given):
+        return name
+    return f"{plain}-{hashlib.sha256(','.join(given).encode()).hexdigest()[:8]}"
 
 
 LONGEST_JOB = 120
@@ -352,7 +362,7 @@ def job_parts(overrides: Iterable[str], swept: Sequence[str]) -> dict[str, str]:
     """Of a job the swept keys, and for each of them `key=value` in short.
 
     The name of a group of keys is left out where a mapping is given for it: `method.losses={ptc:null}` is `ptc=null`,
-    and `method.losses={}`, which changes nothing, is empty.
+    and `method.losses={}`, which changes nothing, is empty. Of a path there is the last part, of a checkpoint its run.
     """
     parser = OverridesParser.create()
     given = [o for o in parser.parse_overrides(list(overrides)) if o.key_or_group in swept]
@@ -364,26 +374,29 @@ def job_parts(overrides: Iterable[str], swept: Sequence[str]) -> dict[str, str]:
 
 
 def _described(override: Override, name: str) -> str:
-    value = override.value()
-    if not isinstance(value, Mapping):
-        return f"{name}={_text(value)}"
-    inner = flatten({str(getattr(key, "text", key)): _plain_part(part) for key, part in value.items()}) if value else {}
-    return ",".join(f"{key}={_text(part)}" for key, part in inner.items())
+    value = _plain(override.value())
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_text(part)}" for key, part in flatten(value).items()) if value else ""
+    if isinstance(value, str) and "/" in value:
+        path = Path(value)
+        value = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+    return f"{name}={_text(value)}"
 
 
 def _shorten_key(key: str) -> str:
     return ".".join(key.split(".")[1:][-2:]) or key
 
 
-def _plain_part(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A value of Hydra's grammar without its quotes."""
     if isinstance(value, Mapping):
-        return {str(getattr(key, "text", key)): _plain_part(part) for key, part in value.items()}
-    return value
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.text if isinstance(value, QuotedString) else value
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, QuotedString):
-        value = value.text
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -394,8 +407,7 @@ def _running_job() -> str:
     job = HydraConfig.get().job
     fixed = job.config.override_dirname.exclude_keys
     overrides = list(HydraConfig.get().overrides.task)
-    keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
-    return job_name(overrides, [key for key in keys if key not in fixed]) or str(job.num)
+    return job_name(overrides, [key for key in map(key_of, overrides) if key not in fixed]) or str(job.num)
 
 
 OmegaConf.register_new_resolver("wsss.job", _running_job, replace=True)

@@ -31,7 +31,7 @@ NO_MATTER = re.compile(
 def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
     """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
 
-    It is locked until this process ends, however it ends.
+    It is locked until this process ends, however it ends, or calls `release`.
 
     Args:
         cfg: the composed configuration.
@@ -281,6 +281,7 @@ def shared(out: Path) -> Iterator[None]:
 
 
 def release() -> None:
+    """Let others have the run directories of this process."""
     while LOCKS:
         os.close(LOCKS.popitem()[1])
 

@@ -26,15 +26,26 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> float | None:
     """Train, evaluate, and leave a run directory; returns the monitored figure."""
     from wsss.assemble import quieten
-    from wsss.runs import choose_run, finished_figures, readable_checkpoint
-    from wsss.trackers import ending
+    from wsss.runs import choose_run, release
 
-    started = time.perf_counter()
     quieten()
     check_settings(cfg)
     run = HydraConfig.get()
+    sweep = run.mode == RunMode.MULTIRUN
     named = any(override.startswith("hydra.run.dir=") for override in run.overrides.hydra)
-    out = choose_run(cfg, Path(run.runtime.output_dir), search=run.mode != RunMode.MULTIRUN and not named)
+    try:
+        return fit(cfg, choose_run(cfg, Path(run.runtime.output_dir), search=not sweep and not named))
+    finally:
+        if sweep:  # whose process goes on with other jobs, or waits for them
+            release()
+
+
+def fit(cfg: DictConfig, out: Path) -> float | None:
+    """`train` in a directory of its own."""
+    from wsss.runs import finished_figures, readable_checkpoint
+    from wsss.trackers import ending
+
+    started = time.perf_counter()
     if (figures := finished_figures(out)) is not None:
         print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
         return figures.get(cfg.monitor)

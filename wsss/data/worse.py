@@ -16,7 +16,7 @@ class Worse(ImageSubset):
 
     Args:
         source: images without masks.
-        images: share of the images that is kept, above 0 and up to 1, at least one image.
+        kept: share of the images that is kept, above 0 and up to 1, at least one image.
         missing: share of the labels, 0 to 1, that is removed; an image may be left without any.
         wrong: share of the labels, 0 to 1, that is replaced by a class that the image has no label of. `missing` and
             `wrong` are shares of all labels of the images kept and concern different ones: together at most 1.
@@ -27,16 +27,16 @@ class Worse(ImageSubset):
     """
 
     def __init__(
-        self, source: Images, images: float = 1.0, missing: float = 0.0, wrong: float = 0.0, seed: int = 0
+        self, source: Images, kept: float = 1.0, missing: float = 0.0, wrong: float = 0.0, seed: int = 0
     ) -> None:
-        if not 0 < images <= 1:
-            raise InputError(f"worse.images is {images}: expected a share above 0 and up to 1")
+        if not 0 < kept <= 1:
+            raise InputError(f"worse.kept is {kept}: expected a share above 0 and up to 1")
         if min(missing, wrong) < 0 or missing + wrong > 1:
             raise InputError(f"worse.missing={missing} and worse.wrong={wrong}: expected shares of together at most 1")
         if seed < 0:
             raise InputError(f"worse.seed is {seed}: expected a whole number of at least 0")
         order = np.random.default_rng([seed, 0]).permutation(len(source))
-        super().__init__(source, sorted(order[: max(1, round(images * len(source)))].tolist()))
+        super().__init__(source, sorted(order[: max(1, round(kept * len(source)))].tolist()))
         self.labels = self._spoil(np.stack([source.label(index) for index in self.indices]), missing, wrong, seed)
 
     @staticmethod

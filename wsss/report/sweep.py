@@ -31,6 +31,7 @@ FIGURES = (
     "val/cam_best_miou",
     "val/aux_cam_miou",
     "val/map",
+    "val/mask_miou",
     "train/mask_miou",
     "train/cam_miou",
     "train/cam_best_miou",
@@ -311,7 +312,8 @@ def _table_of_variants(sweep: Sweep) -> Table:
 
 
 def _table_of_jobs(sweep: Sweep) -> Table:
-    keys = [key for key in SUMMARY if any(key in job.figures for job in sweep.jobs)]
+    listed = (*SUMMARY, "val/mask_miou", "train/mask_miou", "train/cam_miou")
+    keys = [key for key in listed if any(key in job.figures for job in sweep.jobs)]
     swept = list(dict.fromkeys(key for job in sweep.jobs for key in job.settings))
     table = Table(title=escape(f"sweep {sweep.folder}"), title_justify="left")
     for key in (*swept, *keys):  # short names: eight columns have to fit a terminal
