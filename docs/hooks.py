@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 GROUPS = ("method", "dataset", "transform", "refine")
 """Whose files list the arguments of a class or a function."""
-PLAIN = ("protocol", "trainer", "logger", "pipeline", "pipeline/recipe", "literature", "recipe")
+PLAIN = ("protocol", "trainer", "logger", "pipeline", "pipeline/recipe", "literature", "recipe", "experiment")
 """Whose files hold values alone."""
 COMMANDS = {word: f"data {word}" for word in ("check", "voc", "coco", "shards", "index", "weights")}
 REPOSITORY = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}

@@ -100,7 +100,7 @@ def test_sweep_of_four(command: Command, tmp_path: Path) -> None:
     sweep = ["-m", "method.losses.ptc.weight=0,0.2", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     ended = command("train", *OVERRIDES, "trainer.max_steps=1", *sweep)
     assert ended.code == 0, ended.err
-    table = ended.out.rpartition("sweep ")[2]
+    table = ended.out.rpartition("sweep ")[2].partition("variants of")[0]
     rows = [[c.strip() for c in line.split("│")[1:3]] for line in table.splitlines() if line.startswith("│")]
     assert rows == [["0", "1"], ["0", "2"], ["0.2", "1"], ["0.2", "2"]]
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -101,6 +102,22 @@ def test_sweeps_over_paths_stay_sweeps() -> None:
     arguments = order_arguments(["dataset.root=/a b,/c=d", "-m"])
     assert arguments[0] == "-m"
     assert given_values(arguments, "dataset.root") == ["/a b", "/c=d"]
+
+
+def test_existing_paths_are_not_split_at_their_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "a", "c", "d,e,f"):
+        (tmp_path / name).mkdir()
+    for given, expected in (
+        (f"{tmp_path}/a,b", [f"{tmp_path}/a,b"]),
+        ("a,b,c", ["a,b", "c"]),
+        ("c,a,b,new,d,e,f,d,e", ["c", "a,b", "new", "d,e,f", "d", "e"]),
+        ("x,y", ["x", "y"]),
+    ):
+        arguments = order_arguments(["-m", f"dataset.root={given}"])
+        assert given_values(arguments, "dataset.root") == expected
+    (one,) = order_arguments(["hydra.sweep.dir=x,y", "-m"])[1:]  # of which there is one
+    assert given_values([one], "hydra.sweep.dir") == ["x,y"]
 
 
 def test_options_come_first() -> None:

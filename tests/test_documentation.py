@@ -132,6 +132,10 @@ def test_command(command: Typed, asked: list[DictConfig], trained: Path, of_phot
     if command.page.name == "CONTRIBUTING.md" or "my-conf" in command.text:
         pytest.skip("of a method from outside, which test_outside.py trains")
     name, *arguments = shlex.split(command.text)
+    # test_sweeps.py starts jobs in processes of their own
+    arguments = [a for a in arguments if not re.match(r"\+?hydra[./]launcher[.=]", a)]
+    if name == "wsss-train" and any(a.startswith("experiment=") for a in arguments):
+        arguments.append("seed=1")  # one of three that differ in nothing else
     own = any(argument.startswith("dataset=") for argument in arguments)
     folder = not own and any(re.match(r"dataset\.(root|val|masks)=", argument) for argument in arguments)
     checkpoint = of_photographs if folder else trained / "checkpoints/last.ckpt"

@@ -35,6 +35,7 @@ LAYERS = {
     "outputs": {"outputs", "report", "evaluation", "places", "shards", "writing"},
     "report": {"report", "evaluation", "writing"},
     "report/reading": {"config", "evaluation", "runs"},
+    "report/sweep": {"config", "evaluation", "report", "writing"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},

@@ -243,11 +243,11 @@ def test_run_in_progress_is_left_alone(command: Command, tmp_path: Path) -> None
 def test_sweep_goes_on(command: Command, tmp_path: Path) -> None:
     sweep = ["-m", *ARGUMENTS, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}", "resume=auto"]
     assert command("train", *sweep).code == 0
-    (tmp_path / "sweep/1/metrics.json").unlink()
-    before = (tmp_path / "sweep/0/metrics.json").stat().st_mtime_ns
+    (tmp_path / "sweep/seed=2/metrics.json").unlink()
+    before = (tmp_path / "sweep/seed=1/metrics.json").stat().st_mtime_ns
     assert command("train", *sweep).code == 0
-    assert (tmp_path / "sweep/1/metrics.json").exists()
-    assert (tmp_path / "sweep/0/metrics.json").stat().st_mtime_ns == before
+    assert (tmp_path / "sweep/seed=2/metrics.json").exists()
+    assert (tmp_path / "sweep/seed=1/metrics.json").stat().st_mtime_ns == before
 
 
 def test_log_keeps_its_first_rows(tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ def test_trainings_of_a_sweep_are_runs_of_their_own(tmp_path: Path) -> None:
         call("train", "-m", *short, "dataset.val_size=1", "seed=1,2", "logger=wandb", f"hydra.sweep.dir={tmp_path}")
         == 0
     )
-    identities = [(tmp_path / str(job) / "wandb_id.txt").read_text().strip() for job in range(2)]
+    identities = [(tmp_path / f"seed={seed}" / "wandb_id.txt").read_text().strip() for seed in (1, 2)]
     assert len(set(identities)) == 2
-    for job, identity in enumerate(identities):
-        (part,) = (tmp_path / str(job) / "wandb").glob("offline-run-*")
+    for seed, identity in enumerate(identities, start=1):
+        (part,) = (tmp_path / f"seed={seed}" / "wandb").glob("offline-run-*")
         assert part.name.endswith(identity)
 
 

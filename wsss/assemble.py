@@ -26,6 +26,7 @@ from wsss.data.doubts import few, masks_misfit, sample, shared, unseen
 from wsss.data.features import FeatureImages, FeatureStore, feature_names, fill
 from wsss.data.pixels import Normalise, Transform
 from wsss.data.pseudo import FromFolder, PseudoMasks, PseudoScores
+from wsss.data.worse import Worse
 from wsss.evaluation.protocol import EXTRAS, Protocol
 from wsss.refine.crf import dense_crf
 from wsss.report.tables import progress
@@ -48,6 +49,9 @@ def build_data(cfg: DictConfig) -> tuple[DataModule, list[str]]:
         open_images(cfg.dataset._target_, values, split, cfg.on_bad_image, settings["num_workers"])
         for split in ("train", "val")
     )
+    worse = plain_values(cfg.worse, "worse")
+    if train is not None and (worse["kept"], worse["missing"], worse["wrong"]) != (1, 0, 0):
+        train = call_checked(Worse, worse, "worse", source=train)
     for kind, folder in ((PseudoMasks, cfg.pseudo_masks), (PseudoScores, cfg.pseudo_scores)):
         if folder is not None and train is not None:
             train, unfit = add_pixels(train, kind, folder, cfg.on_bad_image, settings["num_workers"])

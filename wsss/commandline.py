@@ -3,11 +3,13 @@
 import errno
 import io
 import itertools
+import json
 import math
 import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from difflib import get_close_matches
@@ -66,6 +68,7 @@ def run_command(
     failures: list[int] = []
     job = _job(name, task, failures)
     arguments = sys.argv[1:]
+    sweep = bool({"-m", "--multirun"} & set(arguments))
     try:
         arguments = order_arguments(arguments)
         if {"--help", "-h"} & set(arguments):
@@ -83,6 +86,13 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # Hydra could not make the run directory
         failures.append(_say(name, explain_failure(error, Path.cwd()) or str(error), 1))
+    except Exception as error:
+        if not sweep:
+            raise
+        traceback.print_exc()  # of a launcher, whose processes may end as those of a job
+        goes_on = ", and the same command with resume=auto goes on with the others" if name == "train" else ""
+        said = f"the sweep has broken off ({type(error).__name__}): the jobs that have ended are kept{goes_on}"
+        failures.append(_say(name, said, 1))
     if failures:
         sys.exit(max(failures))
 
@@ -93,13 +103,18 @@ def _say(name: str, sentence: str, code: int) -> int:
 
 
 def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> Callable[[DictConfig], Any]:
-    """`task`, whose failures are said and noted rather than raised: the other jobs of a sweep go on."""
+    """`task`, whose failures are said and noted rather than raised: the other jobs of a sweep go on.
+
+    A job of a sweep notes its failure in `failure.json` of its directory, for it may run in a process of its own.
+    """
 
     def job(cfg: DictConfig) -> Any:
         run = HydraConfig.get()
         out = Path(run.runtime.output_dir)
         alone = run.mode != RunMode.MULTIRUN  # the table of a sweep names its failed jobs by their directories
         ours = alone and out != Path.cwd() and not any(out.iterdir())  # made by Hydra a moment ago
+        if not alone:
+            (out / "failure.json").unlink(missing_ok=True)
         try:
             check_choices()
             return task(cfg)
@@ -109,20 +124,26 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
             if isinstance(said := getattr(error, "code", None), str):  # a task that knows how it goes on
                 sys.exit(_say(name, said, 143 if said.startswith("terminated") else 130))
             terminated = type(error).__name__ == "SIGTERMException"
-            goes_on = "; the same command with resume=auto goes on with it" if any(out.rglob("*.ckpt")) else ""
+            kept = any(out.rglob("*.ckpt")) or (not alone and "resume" in cfg)
+            goes_on = "; the same command with resume=auto goes on with it" if kept else ""
             said = "terminated" if terminated else "interrupted"
             sys.exit(_say(name, said + goes_on, 143 if terminated else 130))
         except (InputError, RunError, OmegaConfBaseException) as error:
             if ours and not isinstance(error, RunError) and not any(out.rglob("*.ckpt")):
                 _remove_run(out)
             sentence, code = explain(error, name, []), 1 if isinstance(error, RunError) else 2
-        except (OSError, MemoryError, RuntimeError) as error:
+        except Exception as error:
             found = explain_failure(error, out)
-            if found is None:
+            if found is None and alone:
                 raise
-            sentence, code = found, 1
-        place = f"job {run.job.num} ({run.job.override_dirname}): " if not alone else ""
+            if found is None:  # the others go on
+                traceback.print_exc()
+            sentence, code = found or f"{type(error).__name__}: {' '.join(str(error).split())}", 1
+        place = "" if alone else f"job {run.job.num} ({run.job.override_dirname}): "
         failures.append(_say(name, place + sentence, code))
+        if not alone:  # `failures` may be a copy, in a process of a launcher
+            content = {"code": code, "sentence": printable(sentence)}
+            (out / "failure.json").write_text(json.dumps(content), encoding="utf-8")
         return math.nan
 
     job.__name__ = task.__name__
@@ -165,7 +186,19 @@ def _quote_override(override: str, sweep: bool) -> str:
         return override
     if value in ("", "null", "???") or "${" in value or (value[0] in "'\"" and value[0] == value[-1]):
         return override
-    return f"{key}={','.join(map(quote, value.split(','))) if sweep else quote(value)}"
+    values = split_paths(value) if sweep and not key.startswith("hydra.") else [value]
+    return f"{key}={','.join(map(quote, values))}"
+
+
+def split_paths(value: str) -> list[str]:
+    """The values of a sweep over paths: split at commas, but for those in a path that exists, the longest one first."""
+    pieces, values = value.split(","), []
+    while pieces:
+        lengths = range(len(pieces), 1, -1)
+        length = next((n for n in lengths if os.path.exists(os.path.expanduser(",".join(pieces[:n])))), 1)
+        values.append(",".join(pieces[:length]))
+        pieces = pieces[length:]
+    return values
 
 
 def explain_failure(error: Exception, out: Path) -> str | None:

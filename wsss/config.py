@@ -3,6 +3,7 @@
 Imports nothing heavy: `--help` and a mistyped key answer at once.
 """
 
+import hashlib
 import inspect
 import os
 import re
@@ -14,12 +15,13 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from wsss import InputError
 
@@ -28,6 +30,7 @@ PATH_KEYS = {
     "checkpoint",
     "dino_weights",
     "dir",
+    "folder",
     "images",
     "init_checkpoint",
     "labels",
@@ -285,13 +288,130 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 class SweepTable(Callback):
-    """Hydra's callback: after `-m`, one table over the jobs, and report.html."""
+    """Hydra's callback: before `-m` the names of the jobs, after it tables over them and report.html."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Find the jobs and their directory, which with `resume=auto` is that of an unfinished sweep of the same jobs.
+
+        Everything that starts jobs is given this config later, so what is added to it here reaches them.
+        """
+        swept, jobs = _jobs(config)
+        named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
+        begin = hydra.utils.get_object("wsss.runs.begin_sweep")
+        search = config.get("resume") == "auto" and not named
+        folder = begin(Path(config.hydra.sweep.dir), swept, jobs, search)
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.sweep.dir = str(folder)
+            config.hydra.overrides.hydra += [
+                f"hydra.sweep.dir={quote(str(folder))}",
+                f"hydra.job.config.override_dirname.exclude_keys={quote(_fixed(config, swept))}",
+            ]
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Raises SystemExit where jobs have failed, in whatever process."""
         folder = Path(config.hydra.sweep.dir)
-        hydra.utils.get_object("wsss.report.tables.print_sweep")(folder)
+        code: int = hydra.utils.get_object("wsss.report.sweep.show_sweep")(folder)
         directories = [option for place in _added(config.hydra) for option in ("--config-dir", place)]
         hydra.utils.get_object("wsss.report.afterwards.write_report")(folder, directories)
+        if code:
+            raise SystemExit(code)
+
+
+def _jobs(config: DictConfig) -> tuple[list[str], dict[str, list[str]]]:
+    """The keys that a sweep varies and, of Hydra's own sweeper, all jobs by name with their overrides."""
+    sweeper = config.hydra.sweeper
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*given, *config.hydra.overrides.task])
+    last = {override.key_or_group: override for override in parsed}
+    swept = [key for key, override in last.items() if override.is_sweep_override()]
+    if sweeper._target_.rpartition(".")[2] != BasicSweeper.__name__:
+        return swept, {}
+    found = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    return swept, {job_name(job, swept) or str(number): job for number, job in enumerate(found)}
+
+
+def key_of(override: str) -> str:
+    """The key or group of an override."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _fixed(config: DictConfig, swept: Sequence[str]) -> list[str]:
+    """The keys of a sweep's command line and experiment that all its jobs share."""
+    given = [*(config.hydra.sweeper.get("params") or {}), *config.hydra.overrides.task]
+    return [key for key in map(key_of, given) if key not in swept]
+
+
+def job_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """A job by what distinguishes it, to name a directory: `ptc=null,seed=1`; empty where nothing is swept.
+
+    Where that is no plain name, or leaves something out, a hash of all that distinguishes it stands at the end.
+    """
+    name = ",".join(part for part in job_parts(overrides, swept).values() if part)
+    plain = re.sub(r"[^\w.=,+-]", "_", name, flags=re.ASCII)[:LONGEST_JOB]
+    given = [override for override in overrides if key_of(override) in swept]
+    if plain == name and not any("/" in override for override in given):
+        return name
+    return f"{plain}-{hashlib.sha256(','.join(given).encode()).hexdigest()[:8]}"
+
+
+LONGEST_JOB = 120
+"""Characters of the name of a job."""
+
+
+def job_parts(overrides: Iterable[str], swept: Sequence[str]) -> dict[str, str]:
+    """Of a job the swept keys, and for each of them `key=value` in short.
+
+    The name of a group of keys is left out where a mapping is given for it: `method.losses={ptc:null}` is `ptc=null`,
+    and `method.losses={}`, which changes nothing, is empty. Of a path there is the last part, of a checkpoint its run.
+    """
+    parser = OverridesParser.create()
+    given = [o for o in parser.parse_overrides(list(overrides)) if o.key_or_group in swept]
+    short = [_shorten_key(override.key_or_group) for override in given]
+    return {
+        override.key_or_group: _described(override, name if short.count(name) == 1 else override.key_or_group)
+        for override, name in zip(given, short, strict=True)
+    }
+
+
+def _described(override: Override, name: str) -> str:
+    value = _plain(override.value())
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_text(part)}" for key, part in flatten(value).items()) if value else ""
+    if isinstance(value, str) and "/" in value:
+        path = Path(value)
+        value = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+    return f"{name}={_text(value)}"
+
+
+def _shorten_key(key: str) -> str:
+    return ".".join(key.split(".")[1:][-2:]) or key
+
+
+def _plain(value: Any) -> Any:
+    """A value of Hydra's grammar without its quotes."""
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _running_job() -> str:
+    """The directory of the running job of a sweep within that of the sweep."""
+    job = HydraConfig.get().job
+    fixed = job.config.override_dirname.exclude_keys
+    overrides = list(HydraConfig.get().overrides.task)
+    return job_name(overrides, [key for key in map(key_of, overrides) if key not in fixed]) or str(job.num)
+
+
+OmegaConf.register_new_resolver("wsss.job", _running_job, replace=True)
 
 
 def _added(config: Any) -> list[str]:

@@ -9,7 +9,7 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,8 @@ NO_MATTER = re.compile(
 def choose_run(cfg: DictConfig, out: Path, search: bool) -> Path:
     """The run directory: Hydra's, or with `resume=auto` that of an interrupted run of the same configuration.
 
-    It is locked until this process ends, however it ends. Of several processes the first one chooses for all.
+    It is locked until this process ends, however it ends, or calls `release`. Of several processes the first one
+    chooses for all.
 
     Args:
         cfg: the composed configuration.
@@ -176,6 +177,46 @@ def differing_keys(cfg: DictConfig, run: Path) -> list[str]:
     different = [key for key in ours | theirs if ours.get(key, ...) != theirs.get(key, ...)]
     fixed = () if ours.get("global_batch_size") else ("trainer.devices", "trainer.num_nodes")
     return [key for key in different if key in fixed or not NO_MATTER.fullmatch(key)]
+
+
+def begin_sweep(out: Path, swept: Sequence[str], jobs: Mapping[str, Sequence[str]], search: bool) -> Path:
+    """Leave a record of a sweep's jobs, `sweep.json`, in its directory, which is returned.
+
+    Args:
+        out: the directory.
+        swept: keys that the sweep varies.
+        jobs: overrides of each job by name, which is that of its directory.
+        search: whether to go on with the newest unfinished sweep of the same jobs beside `out` instead.
+    """
+    if search:
+        begun = sorted(out.parent.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        same = (
+            path.parent for path in begun if _that_matter((read_json(path) or {}).get("jobs")) == _that_matter(jobs)
+        )
+        old = next((sweep for sweep in same if any(finished_figures(sweep / name) is None for name in jobs)), None)
+        print(
+            f"resume=auto: {f'going on with {old}' if old else f'no such sweep in {out.parent}, starting {out.name}'}"
+        )
+        out = old or out
+    record = read_json(out / "sweep.json") or {}
+    write_json(
+        out / "sweep.json",
+        {
+            "command": " ".join(sys.argv),
+            "wsss": __version__,
+            "swept": list(dict.fromkeys([*record.get("swept", ()), *swept])),
+            "jobs": record.get("jobs", {}) | {name: list(overrides) for name, overrides in jobs.items()},
+        },
+    )
+    return out
+
+
+def _that_matter(jobs: Any) -> dict[str, list[str]]:
+    """The overrides of jobs that their results depend on, as `sweep.json` has them."""
+    return {
+        str(name): sorted(override for override in given if not NO_MATTER.fullmatch(override.partition("=")[0]))
+        for name, given in (jobs or {}).items()
+    }
 
 
 def finished_figures(run: Path) -> dict[str, Any] | None:
@@ -337,6 +378,7 @@ def shared(out: Path) -> Iterator[None]:
 
 
 def release() -> None:
+    """Let others have the run directories of this process."""
     while LOCKS:
         os.close(LOCKS.popitem()[1])
 

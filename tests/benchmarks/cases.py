@@ -47,7 +47,6 @@ def training_batch(method: Any, count: int, side: int) -> dict[str, Any]:
         "max_labels": min(3, method.num_classes),  # of an image, as the host counts them
         "pseudo_mask": mask,
         "affinity_label": cells,
-        "strong_view": torch.randn(square),
     }
     return {name: view for name, view in batch.items() if name in ("label", "max_labels", *method.views)}
 

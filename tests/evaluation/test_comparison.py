@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from wsss import InputError
-from wsss.evaluation.comparison import COLUMNS, ImageCounts, over_seeds, paired_bootstrap, read_counts, weighted_miou
+from wsss.evaluation.comparison import (
+    COLUMNS,
+    ImageCounts,
+    bootstrap_pairs,
+    over_seeds,
+    paired_bootstrap,
+    paired_t,
+    read_counts,
+    weighted_miou,
+)
 
 
 def draw(seed: int, images: int = 12) -> list[list[str | int]]:
@@ -55,6 +64,33 @@ def test_bootstrap(tmp_path: Path) -> None:
     whole = by_hand(rows[1], first.images) - by_hand(rows[0], first.images)
     assert found == pytest.approx((whole, *np.quantile(values, [0.05, 0.95])), abs=1e-12)
     assert paired_bootstrap(first, first, samples=20) == (0, 0, 0)
+
+
+def test_bootstrap_of_pairs(tmp_path: Path) -> None:
+    """The mean of the pairs' differences, all on one resample."""
+    rows = [draw(seed) for seed in range(1, 5)]
+    counts = [
+        read_counts(write(tmp_path / f"{n}.csv", part[:: -1 if n % 2 else 1]), "miou") for n, part in enumerate(rows)
+    ]
+    found = bootstrap_pairs([(counts[0], counts[1]), (counts[2], counts[3])], samples=100, seed=5)
+    rng, values = np.random.default_rng(5), []
+    images = counts[0].images
+    draws = [[images[i] for i in rng.integers(12, size=12)] for _ in range(100)]
+    for drawn in [images, *draws]:
+        ious = [by_hand(part, drawn) for part in rows]
+        values.append((ious[1] - ious[0] + ious[3] - ious[2]) / 2)
+    assert found == pytest.approx((values[0], *np.quantile(values[1:], [0.025, 0.975])), abs=1e-12)
+    with pytest.raises(InputError, match="no pair"):
+        bootstrap_pairs([])
+
+
+def test_interval_over_seeds() -> None:
+    """Against the table of Student's distribution: 4.303 at 2 degrees of freedom, 12.706 at 1."""
+    values = [0.1, 0.2, 0.6]
+    half = 4.303 * np.std(values, ddof=1) / np.sqrt(3)
+    assert paired_t(values) == pytest.approx((0.3, 0.3 - half, 0.3 + half), rel=1e-3)
+    assert paired_t([0.0, 2.0]) == pytest.approx((1.0, 1 - 12.706, 1 + 12.706), rel=1e-3)
+    assert np.isnan(paired_t([0.5])[1:]).all()
 
 
 @pytest.mark.parametrize(

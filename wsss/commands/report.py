@@ -35,8 +35,9 @@ def report(cfg: DictConfig) -> Path:
         raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
     from wsss.evaluation.comparison import over_seeds
     from wsss.report.baseline import how_to_add
-    from wsss.report.page import page, seeds_of
+    from wsss.report.page import page, picture_of, seeds_of
     from wsss.report.reading import read_all
+    from wsss.report.sweep import RECORD, read_sweep, show_sweep
     from wsss.writing import write_whole
 
     if not isinstance(cfg.examples, int) or isinstance(cfg.examples, bool) or cfg.examples < 0:
@@ -52,10 +53,19 @@ def report(cfg: DictConfig) -> Path:
     notes += filter(None, [how_to_add(runs)])
     names = ", ".join(path.resolve().name for path in paths)
     title = f"Report of {names}" if len(names) < 100 else f"Report of {len(paths)} runs"
-    text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, [*gallery.notes, *notes])
+    notes = [*gallery.notes, *notes]
+    sweep = None
+    if len(paths) == 1 and (paths[0] / RECORD).is_file():
+        show_sweep(paths[0])
+        sweep = read_sweep(paths[0])
+        notes += [f"Missing is {sentence}" for sentence in sweep.missing]
+    text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, notes, sweep)
     content = text.encode("utf-8", errors="replace")  # names of files may hold bytes that are no text
     with write_whole(out) as file:
         file.write(content)
+    if sweep is not None and sweep.is_summary:
+        with write_whole(paths[0] / "summary.png") as file:
+            file.write(picture_of(sweep))
     pictures = sum(len(example.pictures) for example in examples)
     print(
         f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {pictures} pictures, {len(content) / 1e6:.1f} MB in one file"

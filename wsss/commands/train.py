@@ -29,17 +29,28 @@ def train(cfg: DictConfig) -> float | None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from wsss.assemble import quieten
-    from wsss.runs import choose_run, finished_figures, readable_checkpoint
-    from wsss.trackers import ending
+    from wsss.runs import choose_run, release
 
-    started = time.perf_counter()
     quieten()
     if getattr(rank_zero_only, "rank", 0):  # one process speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     check_settings(cfg)
     run = HydraConfig.get()
+    sweep = run.mode == RunMode.MULTIRUN
     named = any(override.startswith("hydra.run.dir=") for override in run.overrides.hydra)
-    out = choose_run(cfg, Path(run.runtime.output_dir), search=run.mode != RunMode.MULTIRUN and not named)
+    try:
+        return fit(cfg, choose_run(cfg, Path(run.runtime.output_dir), search=not sweep and not named))
+    finally:
+        if sweep:  # whose process goes on with other jobs, or waits for them
+            release()
+
+
+def fit(cfg: DictConfig, out: Path) -> float | None:
+    """`train` in a directory of its own."""
+    from wsss.runs import finished_figures, readable_checkpoint
+    from wsss.trackers import ending
+
+    started = time.perf_counter()
     if (figures := finished_figures(out)) is not None:
         print(f"{out} holds this run, finished: {cfg.monitor} {figures.get(cfg.monitor)}, nothing to do")
         return figures.get(cfg.monitor)
@@ -93,6 +104,8 @@ def check_settings(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
+    if not isinstance(cfg.per_image, bool):
+        raise InputError(f"per_image is {cfg.per_image!r}: expected true or false")
     if cfg.resume not in (None, "auto"):
         raise InputError(f"resume is {cfg.resume!r}: expected auto or null; hydra.run.dir names the run to go on with")
 
@@ -128,6 +141,7 @@ def prepare(cfg: DictConfig) -> tuple["Stage", "DataModule", list[str]]:
         )
     if not known:
         data.val = None  # there is nothing to measure
+    method.counts_images = cfg.per_image
     use_features(cfg, method, data)
     check_views(method, data, choices["method"], choices.get("transform"))
     dataset = plain_values(cfg.dataset, "dataset")
@@ -151,6 +165,7 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
         GatherLosses,
         LastCheckpoint,
         Pace,
+        PerImageCounts,
         RunLog,
         StepProgress,
         StepSeed,
@@ -164,6 +179,8 @@ def build_run(cfg: DictConfig, out: Path, data: "DataModule") -> tuple["pl.Train
     callbacks: list[pl.Callback] = [FiniteLoss(cfg.trainer.log_every_n_steps), StepSeed(cfg.seed), log]
     if cfg.gather_losses:
         callbacks.append(GatherLosses())
+    if cfg.per_image:
+        callbacks.append(PerImageCounts(out))
     if data.val is not None and cfg.monitor is not None:
         callbacks.append(BestCheckpoint(out / "checkpoints", cfg.monitor))
     callbacks.append(LastCheckpoint(out / "checkpoints" / "last.ckpt", interval if data.val is None else None))

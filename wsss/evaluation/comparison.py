@@ -87,24 +87,57 @@ def paired_bootstrap(
     Raises:
         InputError: the images differ.
     """
-    if set(first.images) != set(second.images):
-        both = len(set(first.images) & set(second.images))
-        raise InputError(
-            f"the runs were measured on {len(first.images)} and {len(second.images)} images, of which {both} are the "
-            "same: a paired comparison needs the same images"
-        )
-    ids = 1 + int(max(first.rows[:, 1].max(), second.rows[:, 1].max()))
-    place = {name: number for number, name in enumerate(first.images)}
-    order = np.array([place[name] for name in second.images])
-    rng, number = np.random.default_rng(seed), len(first.images)
+    return bootstrap_pairs([(first, second)], samples, level, seed)
+
+
+def bootstrap_pairs(
+    pairs: Sequence[tuple[ImageCounts, ImageCounts]], samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Difference:
+    """`paired_bootstrap` of the mean difference over several pairs of runs, each of two runs with one seed.
+
+    A resample of the images is the same for all of the runs.
+
+    Raises:
+        InputError: the images differ, or there is no pair.
+    """
+    if not pairs:
+        raise InputError("there is no pair of runs to compare: give at least one")
+    images = pairs[0][0].images
+    for counts in (counts for pair in pairs for counts in pair):
+        if set(counts.images) != set(images):
+            both = len(set(counts.images) & set(images))
+            raise InputError(
+                f"the runs were measured on {len(images)} and {len(counts.images)} images, of which {both} are the "
+                "same: a paired comparison needs the same images"
+            )
+    ids = 1 + int(max(counts.rows[:, 1].max() for pair in pairs for counts in pair))
+    place = {name: number for number, name in enumerate(images)}
+    ordered = [[(counts, np.array([place[name] for name in counts.images])) for counts in pair] for pair in pairs]
+    rng, number = np.random.default_rng(seed), len(images)
 
     def difference(weights: np.ndarray) -> float:
-        return weighted_miou(second, weights[order], ids) - weighted_miou(first, weights, ids)
+        values = [[weighted_miou(counts, weights[order], ids) for counts, order in pair] for pair in ordered]
+        return float(np.mean([second - first for first, second in values]))
 
     drawn = (np.bincount(rng.integers(number, size=number), minlength=number) for _ in range(samples))
     values = [difference(weights) for weights in drawn]
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Difference(difference(np.ones(number, np.int64)), float(low), float(high))
+
+
+def paired_t(differences: Sequence[float], level: float = 0.95) -> Difference:
+    """The mean of differences of pairs of runs with one seed each, and Student's interval for it.
+
+    It tells how certain the difference is as far as seeds go, if such differences are spread like a normal
+    distribution. With one pair there is no interval: NaN.
+    """
+    from scipy.stats import t
+
+    mean, count = float(np.mean(differences)), len(differences)
+    if count < 2:
+        return Difference(mean, float("nan"), float("nan"))
+    half = float(t.ppf((1 + level) / 2, count - 1)) * float(np.std(differences, ddof=1)) / count**0.5
+    return Difference(mean, mean - half, mean + half)
 
 
 def over_seeds(paths: Sequence[Path]) -> dict[str, tuple[float, float, int]]:

@@ -150,7 +150,7 @@ class WSSSModule(Stage):
         for name in self.cam_names:
             cam = resize(output[name][:, shown], size)
             self.metrics[f"{name}_miou"].update(cam, kept, mask, shown)
-            if f"{name}_absent" in self.metrics:
+            if self.counts_images or f"{name}_absent" in self.metrics:
                 ids = resize_ids(ids_of[cam_to_label(cam, kept, self.background_threshold)], mask.shape[-2:])
                 uncut = cam_to_label(output[name], torch.ones_like(label), self.background_threshold)
                 counts += self.compare(ids, batch, f"{name}_", uncut)

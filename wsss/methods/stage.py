@@ -43,6 +43,8 @@ class Stage(pl.LightningModule):
     """Whether `infer` gives maps of classes that a photograph's mask can be made of."""
     supervision: str | None = None
     """The setting of `wsss-train` that names the pixels this stage learns from; None for a stage without any."""
+    counts_images: bool = False
+    """Whether evaluations return rows of per_image.csv; those in detail do anyway."""
     learns_from: str = "image"
     """What training batches hold: `image`, or `mean` or `maps`, features of the images by the network `frozen`."""
     hparams: Any  # Lightning's property, whose type hides the names in it
@@ -273,7 +275,7 @@ class Stage(pl.LightningModule):
     def compare(
         self, ids: Tensor, batch: Mapping[str, Any], prefix: str = "", uncut: Tensor | None = None
     ) -> list[tuple[str, str, int, int, int, int]]:
-        """Counts predicted masks in detail, where that was asked for; returns rows of per_image.csv.
+        """Counts predicted masks in detail, where that was asked for; returns rows of per_image.csv, if wanted.
 
         Args:
             ids: (B, H, W).
@@ -281,12 +283,13 @@ class Stage(pl.LightningModule):
             prefix: what the names of their figures begin with.
             uncut: (B, h, w) what was predicted without image labels, if `ids` were made with them.
         """
-        if f"{prefix}size_miou" not in self.metrics:
+        if f"{prefix}size_miou" in self.metrics:
+            for key in ("boundary_miou", "trimap_miou", "size_miou"):
+                self.metrics[f"{prefix}{key}"].update(ids, batch["mask"])
+            self.metrics[f"{prefix}cooccurrence"].update(ids, batch["mask"], batch["label"])
+            self.metrics[f"{prefix}absent"].update(ids if uncut is None else uncut, batch["label"])
+        elif not self.counts_images:
             return []
-        for key in ("boundary_miou", "trimap_miou", "size_miou"):
-            self.metrics[f"{prefix}{key}"].update(ids, batch["mask"])
-        self.metrics[f"{prefix}cooccurrence"].update(ids, batch["mask"], batch["label"])
-        self.metrics[f"{prefix}absent"].update(ids if uncut is None else uncut, batch["label"])
         return per_image(f"{prefix}miou", batch["id"], ids, batch["mask"], 1 + self.num_classes)
 
     def on_validation_start(self) -> None:

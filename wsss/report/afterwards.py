@@ -19,7 +19,6 @@ def write_report(folder: Path, options: Sequence[str] = ()) -> None:
         print(f"no report.html in {folder}: {INSTALL} brings what it needs, then wsss-report {folder}", flush=True)
         return
     start = [sys.executable, "-c", "from wsss.commands.report import main; main()"]
-    ended = subprocess.run([*start, *options, str(folder)], stderr=subprocess.PIPE, text=True, errors="replace")
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        print(f"no report.html in {folder}: {last}", flush=True)
+    ended = subprocess.run([*start, *options, str(folder)], capture_output=True, text=True, errors="replace")
+    last = ((ended.stderr if ended.returncode else ended.stdout).strip().splitlines() or ["it said nothing"])[-1]
+    print(f"no report.html in {folder}: {last}" if ended.returncode else last, flush=True)  # else where it is

@@ -1,6 +1,7 @@
 """Charts of figures that runs have left, as Vega-Lite specifications, each with its numbers and a sentence."""
 
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,42 @@ def shared_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     yield from _over_smoothing(runs)
     yield from _losses(runs)
     yield from _figures_by_step(runs)
+
+
+def variant_charts(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[Chart]:
+    """By figure, variant and repetition a value: a point for each, mean and standard deviation as an upright and a bar.
+
+    One chart for each figure.
+    """
+    for figure, variants in values.items():
+        points = [
+            {"variant": name, "job": job, "value": value}
+            for name, jobs in variants.items()
+            for job, value in jobs.items()
+        ]
+        means: list[dict[str, Any]] = []
+        for name, jobs in variants.items():
+            mean = statistics.fmean(jobs.values())
+            spread = statistics.stdev(jobs.values()) if len(jobs) > 1 else 0.0
+            means.append({"variant": name, "mean": mean, "low": mean - spread, "high": mean + spread})
+        y = alt.Y("variant:N", sort=list(variants), title=None, axis=alt.Axis(labelLimit=220))
+        scale = alt.Scale(zero=False)
+        plain: Any = alt.Chart(alt.Data(values=means))
+        bar = plain.mark_rule(size=2).encode(x=alt.X("low:Q", title=figure, scale=scale), x2="high:Q", y=y)
+        upright = plain.mark_tick(thickness=3, size=16).encode(x=alt.X("mean:Q", scale=scale), y=y)
+        tips = ["variant:N", "job:N", alt.Tooltip("value:Q", format=".4f")]
+        dots: Any = alt.Chart(alt.Data(values=points)).mark_point(filled=True, size=45, opacity=0.6)
+        dots = dots.encode(x=alt.X("value:Q", scale=scale), y=y, color=alt.value(COLOURS[0]), tooltip=tips)
+        low, high = min(means, key=lambda one: one["mean"]), max(means, key=lambda one: one["mean"])
+        told = f"{_mean_of('lowest', low)}, {_mean_of('highest', high)}"
+        said = f"A point for each job, an upright at the mean, a bar of one standard deviation to both sides; {told}."
+        shown = [[point["variant"], point["job"], f"{point['value']:.4f}"] for point in points]
+        spec = _spec((bar + upright + dots).properties(height=24 * len(variants)))
+        yield Chart(f"{figure} of the variants", said, spec, ("variant", "job", figure), shown)
+
+
+def _mean_of(what: str, mean: Mapping[str, Any]) -> str:
+    return f"the {what} mean is that of {mean['variant']}, {mean['mean']:.4f}"
 
 
 def own_charts(run: Run) -> Iterator[Chart]:

@@ -13,8 +13,9 @@ import vl_convert
 from wsss import __version__
 from wsss.evaluation.protocol import TRUE_LABELS
 from wsss.report.baseline import METHOD, Compared, compare_with_baseline
-from wsss.report.charts import Chart, own_charts, shared_charts
+from wsss.report.charts import Chart, own_charts, shared_charts, variant_charts
 from wsss.report.reading import Run, same_but_seed
+from wsss.report.sweep import HEADINGS, Sweep, cells
 from wsss.writing import palette
 
 TITLES = {
@@ -91,18 +92,21 @@ def page(
     seeds: Sequence[Seeds],
     differences: Sequence[Difference],
     notes: Sequence[str],
+    sweep: Sweep | None = None,
 ) -> str:
     """The whole file. What nobody has measured has no place in it."""
+    charts = _Charts()
     sections: list[tuple[str, str, str]] = [("figures", "Figures", _overview(runs))]
     if compared := compare_with_baseline(runs):
         sections.append(("baseline", "Is training worth it?", _beside_baseline(compared)))
+    if sweep is not None and sweep.is_summary:
+        sections.insert(0, ("variants", "Variants of the sweep", _variants(sweep, charts)))
     if seeds:
         sections.append(("seeds", "Over seeds", _over_seeds(seeds)))
     if differences:
         sections.append(("differences", "Differences between runs", _differences(differences)))
     if examples:
         sections.append(("images", "Images", _gallery(examples, about_examples)))
-    charts = _Charts()
     if shared := "".join(charts.figure(chart) for chart in shared_charts(runs)):
         sections.append(("charts", "Charts", f'<div class="charts">{shared}</div>'))
     sections.append(
@@ -286,6 +290,28 @@ def _differences(differences: Sequence[Difference]) -> str:
         "images goes; what other seeds would change is not in it"
     )
     return _table(caption, ["runs", "figure", "difference", "95 % of resamples", "0 outside"], rows)
+
+
+def _variants(sweep: Sweep, charts: _Charts) -> str:
+    caption = (
+        f"Mean and standard deviation (of the sample) over the jobs of each variant, and the mean difference from the "
+        f"first, {sweep.baseline}, in pairs of jobs with one seed. Intervals of 95 %: Student's over the pairs, as far "
+        "as seeds go; a bootstrap over the images, as far as their choice goes, where each image was counted"
+    )
+    shown = "".join(charts.figure(chart) for chart in variant_charts(sweep.values()))
+    return _table(caption, HEADINGS, map(cells, sweep.rows)) + f'<div class="charts">{shown}</div>'
+
+
+def picture_of(sweep: Sweep) -> bytes:
+    """A PNG of the charts of a sweep's variants."""
+    charts = list(variant_charts(sweep.values()))
+    alone = ("config", "autosize", "background")  # of a chart that stands by itself
+    parts = [
+        {key: value for key, value in chart.spec.items() if key not in alone} | {"width": 360, "title": chart.title}
+        for chart in charts
+    ]
+    spec = {"concat": parts, "columns": 2, "background": "white", "config": charts[0].spec["config"]}
+    return vl_convert.vegalite_to_png(spec, scale=2)
 
 
 def _gallery(examples: Sequence[Example], about: str) -> str:

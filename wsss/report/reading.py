@@ -97,9 +97,11 @@ def _read(path: Path) -> list[Run]:
         return _stages(path)
     if any((path / name).is_file() for name in ("run.json", "manifest.json")):
         return [_run(path)]
-    runs = sorted(path.glob("*/run.json"), key=lambda file: (len(file.parent.name), file.parent.name))
+    runs = {file.parent for name in ("run.json", "manifest.json") for file in path.glob(f"*/{name}")}
     if runs:
-        return [_run(file.parent) for file in runs]
+        listed = list(read_object(path / "sweep.json").get("jobs", ())) if (path / "sweep.json").is_file() else []
+        place = {name: number for number, name in enumerate(listed)}
+        return [_run(run) for run in sorted(runs, key=lambda run: (place.get(run.name, -1), len(run.name), run.name))]
     staged = sorted(path.glob("*/pipeline.json"))
     if staged:
         return [run for file in staged for run in _prefixed(file.parent)]
@@ -171,7 +173,10 @@ def _run(folder: Path) -> Run:
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those that a result depends on, the seed and files of other runs apart."""
     files = ("seed", "checkpoint", "pseudo_masks", "pseudo_scores", "method.init_checkpoint", "refine.affinity_sha256")
-    return {key: value for key, value in values.items() if not NO_MATTER.fullmatch(key) and key not in files}
+    kept = {key: value for key, value in values.items() if not NO_MATTER.fullmatch(key) and key not in files}
+    if values.get("worse.seed") == values.get("seed"):  # which it follows
+        kept.pop("worse.seed", None)
+    return kept
 
 
 def _name(runs: Sequence[Run]) -> None:
@@ -188,6 +193,8 @@ def _name(runs: Sequence[Run]) -> None:
     ]
     for run in runs:
         parts = [f"{key.rpartition('.')[2]}={run.overrides[key]}" for key in varied if key in run.overrides]
+        if (run.folder.parent / "sweep.json").is_file():  # which has named it by what varies
+            parts = run.folder.name.split(",")
         name = ", ".join([run.method, *parts])
         run.name = name if len(name) <= LONGEST_NAME else f"{run.method}, {run.folder.name}"
     taken = [run.name for run in runs]

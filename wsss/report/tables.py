@@ -1,9 +1,7 @@
 """Tables and progress bars in the terminal."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -66,25 +64,6 @@ def print_figures(figures: Mapping[str, float], notes: Mapping[str, Measured], t
     Console().print(table)
 
 
-def print_sweep(directory: Path) -> None:
-    """One table over the jobs of a sweep, from their metrics.json and overrides."""
-    runs = sorted(directory.glob("*/run.json"), key=lambda p: (len(p.parent.name), p.parent.name))
-    jobs = []
-    for run in runs:
-        overrides = dict(o.split("=", 1) for o in json.loads(run.read_text())["overrides"])
-        metrics = run.with_name("metrics.json")
-        jobs.append((overrides, json.loads(metrics.read_text()) if metrics.exists() else {}))
-    varied = [k for k in dict.fromkeys(k for o, _ in jobs for k in o) if len({o.get(k) for o, _ in jobs}) > 1]
-    keys = [key for key in SUMMARY if any(key in values for _, values in jobs)]
-    table = Table(title=escape(f"sweep {directory}"), title_justify="left")
-    for key in (*varied, *keys):  # short names: eight columns have to fit a terminal
-        table.add_column(".".join(key.removeprefix("val/").split(".")[-2:]), justify="right", overflow="fold")
-    for overrides, values in jobs:
-        cells = [_cell(values.get(key)) if values else "failed" for key in keys]
-        table.add_row(*(escape(overrides.get(key, "")) for key in varied), *cells)
-    Console().print(table)
-
-
 def print_pipeline(title: str, records: Mapping[str, Mapping[str, Any]]) -> None:
     """A table of the stages of a pipeline: time and memory of each, its figures and what they were measured on."""
     known = {
@@ -102,9 +81,9 @@ def print_pipeline(title: str, records: Mapping[str, Mapping[str, Any]]) -> None
         figures = record["figures"]
         measured = [key for key in figures if not key.startswith("protocol/") and "iou/" not in key]
         shown = [key for last in known for key in measured if key.rpartition("/")[2] == last]
-        cells = [f"{name}, {record['status']}", f"{record['seconds']:.0f}", _cell(record.get("peak_memory_mb"))]
+        cells = [f"{name}, {record['status']}", f"{record['seconds']:.0f}", cell(record.get("peak_memory_mb"))]
         for row, key in enumerate(shown or [""]):
-            figure, value = known.get(key.rpartition("/")[2], ""), _cell(figures.get(key))
+            figure, value = known.get(key.rpartition("/")[2], ""), cell(figures.get(key))
             said = Text(figures.get(f"protocol/{key}", ""))
             said.highlight_words([TRUE_LABELS], "bold red")
             table.add_row(*(map(escape, (*(cells if row == 0 else ("", "", "")), figure, value))), said)
@@ -134,7 +113,8 @@ def print_classes(
     Console().print(table)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A number in a table over runs."""
     return f"{value:.4f}" if isinstance(value, float) and value < 10 else "" if value is None else f"{value:.0f}"
 
 
