@@ -95,6 +95,23 @@ def test_masks_are_those_of_the_method(command: Command, given: list[str], train
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == left
 
 
+@pytest.mark.parametrize("name", ["label", "predict"])
+def test_half_precision(command: Command, given: list[str], tmp_path: Path, name: str) -> None:
+    """The networks' passes alone: masks move at few pixels, and what cannot be computed here is refused."""
+    what = [name, *given, f"images={tmp_path / 'photos'}", "overlay=false"] if name == "predict" else [name, *given]
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.fromarray(Shapes("train", **SHAPES)[number]["image"]).save(tmp_path / f"photos/{number}.png")
+    for precision in ("32-true", "bf16-mixed"):
+        assert command(*what, f"out={tmp_path / precision}", f"precision={precision}").code == 0
+    masks = [sorted((tmp_path / precision / "masks").glob("*.png")) for precision in ("32-true", "bf16-mixed")]
+    assert len(masks[0]) == len(masks[1]) >= 3
+    moved = np.mean([np.mean(mask(one) != mask(other)) for one, other in zip(*masks, strict=True)])
+    assert moved < 0.05
+    refused(command(*what, f"out={tmp_path / 'no'}", "precision=16-mixed"), "precision is '16-mixed'", "bf16-mixed")
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_stage_trains_on_the_masks(command: Command, given: list[str], tmp_path: Path) -> None:
     assert command("label", *given, f"out={tmp_path / 'out'}", "refine=par").code == 0
     source = Shapes("train", **SHAPES)

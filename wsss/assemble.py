@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -200,6 +201,23 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     return torch.device("cuda", local % torch.cuda.device_count())
+
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Types of the passes through a network, by the names that Lightning has for them."""
+
+
+def in_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What networks on a device compute in, of `PRECISIONS`.
+
+    Raises:
+        InputError: another precision, or half a one on a processor, which knows bfloat16 alone.
+    """
+    known = [name for name in PRECISIONS if name != "16-mixed" or device.type != "cpu"]
+    if precision not in known:
+        raise InputError(f"precision is {precision!r}: expected one of {', '.join(known)} here")
+    kind = PRECISIONS[precision]
+    return torch.autocast(device.type, kind) if kind else nullcontext()
 
 
 def with_features(

@@ -17,6 +17,11 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def widened(maps: Tensor) -> Tensor:
+    """In single precision at least: halves resized and compared would tie."""
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+
+
 def by_rows(
     function: Callable[..., Tensor], scores: Tensor, size: Sequence[int], *pixels: Tensor, step: int = 1
 ) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from wsss import InputError
-from wsss.cam import resize, resize_ids
+from wsss.cam import resize, resize_ids, widened
 from wsss.checkpoints import load_stage
 from wsss.data.files import read_image
 from wsss.data.pixels import Normalise, reduced
@@ -103,12 +103,12 @@ class Predictor:
         image, work = self.normalise(photo)[None].to(self.method.device), photo.shape[:2]
         output = self.method.infer(image, cams=cams)
         if "logits" in output:
-            probability = output["logits"].sigmoid()  # (1, C)
+            probability = widened(output["logits"]).sigmoid()  # (1, C)
             present = probability > self.class_threshold
         if output["seg"] is not None:
             ids = self.method.segment(image, work, output["seg"]).argmax(1)
         else:
-            ids = cam_to_label(resize(output["cam"], work), present.float(), self.method.background_threshold)
+            ids = cam_to_label(resize(widened(output["cam"]), work), present.float(), self.method.background_threshold)
         shown = torch.bincount(ids.flatten(), minlength=1 + len(self.classes))[None, 1:] > 0
         if "logits" not in output:
             probability, present = output["seg"].softmax(1)[:, 1:].amax(dim=(-2, -1)), shown

@@ -38,13 +38,14 @@ def label(cfg: DictConfig) -> int:
     """Make what is missing of this process's share, and the manifest once all is there; returns the number of masks."""
     import numpy as np
 
-    from wsss.assemble import quieten
+    from wsss.assemble import in_precision, local_device, quieten
     from wsss.outputs.labels import LabelFolder
     from wsss.report.tables import print_classes
     from wsss.runs import share, shared, write_skipped
 
     quieten()
     check_settings(cfg)
+    in_precision(cfg.precision, local_device())  # refuses others before anything is read
     rank, world = share(cfg.shards, cfg.shard)
     images, method, origin, skipped = open_all(cfg)
     refine = build_refine(cfg, method)
@@ -65,7 +66,7 @@ def label(cfg: DictConfig) -> int:
         pending = [index for index in range(rank, len(ids), world) if not folder.has(ids[index])]
         source = with_known_features(cfg, method, images, pending)
         try:
-            failed = make(source, pending, folder, method, refine, cfg.num_workers)
+            failed = make(source, pending, folder, method, refine, cfg.num_workers, cfg.precision)
         finally:
             folder.store.close()
         of = f", share {rank} of {world}" if world > 1 else ""
@@ -144,7 +145,7 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
     settings = {group: choices[group] for group in ("method", "dataset", "refine")}
     settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
     settings |= flatten(asdict(method.protocol), "protocol")
-    settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay", "instances")}
+    settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay", "instances", "precision")}
     checkpoint_path = os.path.abspath(cfg.checkpoint)
     origin = {
         "version": __version__,
@@ -231,6 +232,7 @@ def make(
     method: "WSSSModule",
     refine: "partial[Refined]",
     num_workers: int,
+    precision: str,
 ) -> list[str]:
     """Write the files of some images; returns a sentence for each that cannot be used."""
     from wsss.assemble import local_device
@@ -250,7 +252,7 @@ def make(
             failed.append(item)
             continue
         try:
-            mask, cams, scores, instances = make_one(method, refine, item, photo)
+            mask, cams, scores, instances = make_one(method, refine, item, photo, precision)
         except InputError as error:  # too small for the network, say
             failed.append(f"{name}: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -269,7 +271,7 @@ def make(
 
 
 def make_one(
-    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor"
+    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor", precision: str
 ) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"], "InstanceMap"]:
     """Mask, maps by id, scores and instances of an item, whose image also comes normalised (3, H, W).
 
@@ -278,7 +280,8 @@ def make_one(
     import numpy as np
     import torch
 
-    from wsss.cam import reduce, resize, resize_ids
+    from wsss.assemble import in_precision
+    from wsss.cam import reduce, resize, resize_ids, widened
     from wsss.outputs.labels import InstanceMap
 
     image, label = item["image"], torch.from_numpy(item["label"])
@@ -290,7 +293,8 @@ def make_one(
     batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
     if "features" in item:
         batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
-    cam = method.infer_batch(batch)["cam"][:, torch.from_numpy(shown).to(method.device)]
+    with in_precision(precision, method.device):
+        cam = widened(method.infer_batch(batch)["cam"])[:, torch.from_numpy(shown).to(method.device)]
     colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
     refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)

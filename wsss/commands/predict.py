@@ -19,7 +19,7 @@ def predict(cfg: DictConfig) -> int:
     import numpy as np
     from torch.utils.data import DataLoader
 
-    from wsss.assemble import local_device
+    from wsss.assemble import in_precision, local_device
     from wsss.checkpoints import load_method, read_checkpoint
     from wsss.config import extra_directories
     from wsss.data.photographs import Photographs, find_photographs
@@ -31,13 +31,15 @@ def predict(cfg: DictConfig) -> int:
     for key, least in (("max_side", 1), ("num_workers", 0)):
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise InputError(f"{key} is {cfg[key]!r}: expected a whole number of at least {least}")
+    device = local_device()
+    in_precision(cfg.precision, device)  # refuses others before anything is read
     rank, world = share(cfg.shards, cfg.shard)
     out = Path(cfg.out).expanduser()
     photographs = find_photographs(cfg.images, out)
     for note in photographs.notes:
         print(f"note: {printable(note)}")
     method: Any = load_method(cfg, read_checkpoint(cfg.checkpoint, extra_directories()))
-    predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to(local_device())
+    predictor = Predictor(method, cfg.class_threshold, cfg.max_side).to(device)
     if cfg.cam:
         predictor.require_cams()
     folder = MaskFolder(out, cfg.output, cfg.images_per_tar)
@@ -62,7 +64,8 @@ def predict(cfg: DictConfig) -> int:
                     failed.append(image)
                     continue
                 try:
-                    result = predictor.predict_reduced(image, size, cfg.cam)
+                    with in_precision(cfg.precision, device):
+                        result = predictor.predict_reduced(image, size, cfg.cam)
                     cams = None if result.cams is None else {ids[label]: cam for label, cam in result.cams.items()}
                     folder.write(name, result.mask, image if cfg.overlay else None, cams)
                 except (
@@ -94,7 +97,7 @@ def made_of(cfg: DictConfig, method: Any) -> dict[str, Any]:
 
     arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
     settings = flatten(arguments, "method") | flatten(asdict(method.protocol), "protocol")
-    settings |= {key: cfg[key] for key in ("class_threshold", "max_side", "overlay", "cam", "output")}
+    settings |= {key: cfg[key] for key in ("class_threshold", "max_side", "overlay", "cam", "output", "precision")}
     images = cfg.images if "://" in cfg.images else os.path.abspath(os.path.expanduser(cfg.images))
     path = os.path.abspath(cfg.checkpoint)
     origin = {"version": __version__, "checkpoint": path, "checkpoint_sha256": sha256(path), "images": images}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss import InputError
-from wsss.cam import denormalise, multiscale_seg, reduce, resize, windowed, with_background
+from wsss.cam import denormalise, multiscale_seg, reduce, resize, widened, windowed, with_background
 from wsss.evaluation.details import OverSmoothing, mask_details, per_image
 from wsss.evaluation.metrics import SegmentationIoU, figures_of, tables_of
 from wsss.evaluation.protocol import Measured, Protocol, extra_supervision
@@ -173,7 +173,7 @@ class Stage(pl.LightningModule):
         """Scores, or probabilities, of all scales."""
         before = protocol.softmax == "before"
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
-            scores = resize(seg, size)
+            scores = resize(widened(seg), size)
             return scores.softmax(1) if before else scores
         how = (protocol.scales, protocol.flip, protocol.fusion, before, protocol.align_corners)
         return multiscale_seg(self.scores(protocol), self.sized(image), size, *how)
@@ -182,8 +182,8 @@ class Stage(pl.LightningModule):
         """`seg` of images (B, 3, H, W), through the windows of a protocol, if it has any."""
         window, stride = protocol.window, protocol.stride
         if window is None or stride is None:
-            return lambda image: self(image)["seg"]
-        return lambda image: windowed(lambda part: self(part)["seg"], image, window, stride)
+            return lambda image: widened(self(image)["seg"])
+        return lambda image: windowed(lambda part: widened(self(part)["seg"]), image, window, stride)
 
     def _refine(self, image: Tensor, scores: Tensor, protocol: Protocol) -> Tensor:
         """What the CRF makes of scores, if there is one, without background if there is none."""
