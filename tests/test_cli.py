@@ -617,3 +617,9 @@ def test_answers_at_once(argument: str) -> None:
         times.append(time.perf_counter() - started)
     assert ended.returncode == (0 if argument == "--help" else 2)
     assert min(times) < 2
+
+
+def test_training_in_double_precision(command: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = command("train", *OVERRIDES, "trainer.precision=64-true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "run/examples.png").exists()

@@ -274,7 +274,7 @@ def report(out: Path, method: "Stage", data: "DataModule", figures: dict[str, An
     notes = method.describe(data.val_name) if data.val is not None else {}
     write_figures(out, figures, notes)
     print_figures({k: v for k, v in figures.items() if not k.startswith("val/iou/")}, notes, str(out))
-    method.eval()
+    method.eval().float()  # trained in double or half precision it would not take images
     try:
         save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
     except (InputError, RuntimeError, MemoryError, OSError) as error:
