@@ -140,6 +140,8 @@ def test_features_in_files_are_those_in_memory(
     batch["image"] = batch["image"] + 1
     loss_of(**files)
     assert len(looked) == 8 + 2
+    loss_of(**files, backbone_args=WECLIP["backbone_args"] | {"num_heads": 1})  # the same weights, other heads
+    assert len(looked) == 10 + 2
 
 
 def test_files_of_features_are_bounded_whole_and_mended(tmp_path: Path) -> None:

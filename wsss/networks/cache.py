@@ -26,7 +26,7 @@ class FeatureCache:
     later runs find them; each is written whole or not at all, and processes may share them.
 
     Args:
-        key: that tells the tower from others.
+        key: that tells the tower from others: its weights, and what else its output depends on.
         limit_gb: that all of it may take in memory; None or 0 keeps nothing there.
         folder: of the files; None keeps none.
         folder_gb: that all files in it may take.
@@ -42,11 +42,8 @@ class FeatureCache:
         self.limit = (limit_gb or 0.0) * 1e9
         self.kept: OrderedDict[bytes, Seen] = OrderedDict()
         self.size = self.hits = 0
-        self.key, self.folder, self.folder_limit = (
-            key,
-            None if folder is None else Path(folder).expanduser(),
-            1e9 * folder_gb,
-        )
+        self.key, self.folder_limit = key, folder_gb * 1e9
+        self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +124,8 @@ def read_seen(path: Path) -> Seen | None:
     try:
         tensors = load(path.read_bytes())
         seen = Seen(tensors["blocks"], tensors["attention"], (int(tensors["size"][0]), int(tensors["size"][1])))
-        os.utime(path)
+        with suppress(PermissionError):  # of another user, whose file ages then
+            os.utime(path)
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, IndexError):
