@@ -61,8 +61,9 @@ class MaskFolder:
             InputError: the folder holds something else.
         """
         path, ours = self.out / "settings.json", json.loads(json.dumps(origin))  # tuples become lists
+        made = self.masks.exists() or (self.out / TARS).exists()  # before: another process may begin just now
         if not path.exists():
-            if self.masks.exists() or (self.out / TARS).exists():
+            if made:
                 raise InputError(f"{self.out} holds masks that {command} has not made: give another out")
             write_json(path, ours)
             return ours
