@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from served import FolderServer
-from tiny import OVERRIDES, Ended
+from tiny import OVERRIDES, Ended, content, refused
 
 from wsss import InputError
 from wsss.data.datamodule import DataModule, EndlessSampler
@@ -48,17 +48,6 @@ def served(made: Path) -> Iterator[FolderServer]:
     server = FolderServer(made)
     yield server
     server.close()
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1, ended.err
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from served import FolderServer
-from tiny import Ended
+from tiny import Ended, content, refused
 
 from wsss import InputError
 from wsss.data.folder import Folder
@@ -48,17 +48,6 @@ def in_memory(photographs: Path) -> Iterator[str]:
 @pytest.fixture
 def given(trained: Path) -> list[str]:
     return [f"checkpoint={trained / 'checkpoints/last.ckpt'}", "num_workers=0"]
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1, ended.err
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 def unpack(out: Path) -> dict[str, bytes]:
