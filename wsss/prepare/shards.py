@@ -114,7 +114,7 @@ def write_list(out: Path, classes: Sequence[str], has_background: bool, splits: 
 
 
 def index_foreign(
-    given: Sequence[str], out: Path, classes: Sequence[str] | None, split: str, progress: Callable[[Any, int], Any]
+    given: str, out: Path, classes: Sequence[str] | None, split: str, progress: Callable[[Any, int], Any]
 ) -> int:
     """Index tar files that others have written for WebDataset, where they are; returns the number of images.
 
@@ -123,7 +123,7 @@ def index_foreign(
     nothing is decoded; masks are not taken.
 
     Args:
-        given: paths or addresses; {000..099} stands for numbers, as for the webdataset library.
+        given: path or address; {000..099} stands for numbers, {a,b} for either, as for the webdataset library.
         out: folder of the index.
         classes: names in the order wanted; None takes those of the labels, sorted.
         split: of the images.
@@ -139,7 +139,7 @@ def index_foreign(
         from webdataset.tariterators import base_plus_ext
     except ImportError as error:
         raise InputError("shards of others need the webdataset library: pip install 'wsss[scale]'") from error
-    tars = [place_of(name) for one in given for name in expand_urls(one)]
+    tars = [place_of(name) for name in expand_urls(given)]
     found: list[tuple[Place, int, dict[str, Row], dict[str, list[Any]]]] = []
     for tar in progress(tars, len(tars)):
         pictures: dict[str, Row] = {}
