@@ -40,7 +40,7 @@ class FeatureCache:
             if not isinstance(value, int | float) or not value >= least:
                 raise InputError(f"{name} is {value!r}: expected a number of GB{', or null' if least == 0 else ''}")
         self.limit = (limit_gb or 0.0) * 1e9
-        self.kept: OrderedDict[bytes, Seen] = OrderedDict()
+        self.kept: OrderedDict[str, Seen] = OrderedDict()
         self.size = self.hits = 0
         self.key, self.folder_limit = key, folder_gb * 1e9
         self.folder = None if folder is None else Path(folder).expanduser()
@@ -64,16 +64,15 @@ class FeatureCache:
 
     def _one(self, image: Tensor, look: Callable[[Tensor], Seen]) -> Seen:
         array, kind = image.cpu().contiguous().numpy(), image.device.type
-        key = hashlib.sha256(array.tobytes() + str(array.shape).encode()).digest()
+        # another precision sees something else
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+        told = hashlib.sha256(f"{self.key} {kind} {precision}".encode()).hexdigest()[:32]
+        key = f"{told}/{hashlib.sha256(array.tobytes() + str(array.shape).encode()).hexdigest()}"
         if key in self.kept:
             self.kept.move_to_end(key)
             self.hits += 1
             return self.kept[key]
-        path = None
-        if self.folder is not None:  # another precision sees something else
-            precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
-            told = hashlib.sha256(f"{self.key} {kind} {precision}".encode()).hexdigest()[:32]
-            path = self.folder / told / f"{key.hex()}.safetensors"
+        path = None if self.folder is None else self.folder / f"{key}.safetensors"
         seen = None if path is None else read_seen(path)
         if seen is None:
             seen = look(image)

@@ -32,8 +32,7 @@ LONGEST_NAME = 255 - 4
 class MaskFolder:
     """`masks/<name>.png` and, on request, `overlays/<name>.jpg` and `cams/<name>.npz`, each whole or absent.
 
-    Names are relative paths without suffix. Several processes may write to one folder, and what is there is written
-    again.
+    Names are relative paths without suffix. Several processes may write to one folder.
 
     Args:
         out: the folder; made where it is missing.
