@@ -5,16 +5,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import OVERRIDES, Ended
+from tiny import OVERRIDES, Ended, refused
 
 Command = Callable[..., Ended]
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1, ended.err
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from served import FolderServer
-from tiny import OVERRIDES, Ended
+from tiny import OVERRIDES, Ended, content, refused
 
 from wsss import InputError
 from wsss.data.datamodule import DataModule, EndlessSampler
@@ -48,17 +48,6 @@ def served(made: Path) -> Iterator[FolderServer]:
     server = FolderServer(made)
     yield server
     server.close()
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1, ended.err
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -247,6 +236,12 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def beyond(path: Path) -> None:
+    """A member that would take all memory."""
+    images = json.loads(path.read_text())["images"]
+    change(path, images=images | {"length": [images["length"][0], 2**62]})
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -261,8 +256,17 @@ def change(path: Path, **values: Any) -> None:
         (lambda out: change(out / "train-000000.json", ids=["../a", "b"]), ["'../a'", "no name below a folder"]),
         (lambda out: change(out / "train-000000.json", labels=[[9], [0]]), ["[9]", "from 0 to 1"]),
         (lambda out: change(out / "train-000000.json", images={"offset": ["x"]}), ["cannot be"]),
+        (lambda out: beyond(out / "train-000000.json"), ["cannot be"]),
+        (lambda out: change(out / "index.json", splits={"train": 7}), ["no names, each once"]),
+        (lambda out: change(out / "index.json", splits={"train": ["train-000000"] * 2}), ["no names, each once"]),
+        (lambda out: change(out / "index.json", splits={"train": ["../shards/train-000000"]}), ["no names"]),
+        (lambda out: [change(out / f"train-00000{n}.json", labels=[[0]] * (1 + 2 * n)) for n in (0, 1)], ["different"]),
+        (lambda out: change(out / "train-000000.json", masked=[0, 5]), ["masks of what is no image"]),
+        (lambda out: change(out / "train-000000.json", masked=[0, [1]]), ["masks of what is no image"]),
+        (lambda out: change(out / "train-000000.json", masked=[0]), ["masks of what is no image"]),
+        (lambda out: change(out / "train-000000.json", masked=None), ["masks of what is no image"]),
     ],
-    ids=range(11),
+    ids=range(20),
 )
 def test_what_is_no_shard(made: Path, harm: Callable[[Path], Any], words: list[str]) -> None:
     harm(made)
@@ -297,6 +301,12 @@ def test_what_a_server_may_do(served: FolderServer) -> None:
         images[0]
     with pytest.raises(InputError, match=r"index.json does not exist"):
         Shards(f"{served.url}/elsewhere")
+
+
+def test_an_index_of_the_web_names_no_file_of_this_machine(served: FolderServer) -> None:
+    change(served.root / "train-000000.json", tar=str(served.root / "train-000000.tar"))
+    with pytest.raises(InputError, match=r"names .*train-000000.tar, a file of this machine"):
+        Shards(served.url)
 
 
 def foreign(folder: Path, photographs: Path) -> list[str]:
@@ -359,6 +369,17 @@ def test_labels_of_others(command: Command, tmp_path: Path, photographs: Path) -
     images = Shards(str(tmp_path / "index"))
     assert (images.ids, images.classes) == (["a/1", "b", "c"], ("cat", "dog"))
     assert images.labels.tolist() == [[0, 1], [1, 1], [0, 0]]
+    refused(command("data", "index", f"out={tmp_path / 'index'}", f"tars={tmp_path}/y.tar"), "has an index already")
+    refused(command("data", "index", f"out={tmp_path / 'no'}", f"tars={tmp_path}/y.tar", "split=test"), "'test'")
+    more = members | {"a/1.cls": b"1", "b.cls": b"0", "b.json": b'{"width": 3}', "c.json": b'{"width": 3}'}
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:  # with what others write beside labels
+        for name, data in more.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    ended = command("data", "index", f"out={tmp_path / 'more'}", f"tars={tmp_path}/y.tar", "classes=[cat,dog]")
+    assert ended.code == 0, ended.err
+    assert Shards(str(tmp_path / "more")).labels.tolist() == [[0, 1], [1, 0], [0, 0]]
     for name, data, word in (("../up.jpg", picture, "no name below"), ("e.cls", b"one", "as labels")):
         with tarfile.open(tmp_path / "z.tar", "w") as tar:
             for member, inside in {**members, name: data}.items():

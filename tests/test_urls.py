@@ -9,7 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 from served import FolderServer
-from tiny import Ended
+from tiny import Ended, content, refused
 
 from wsss import InputError
 from wsss.data.folder import Folder
 from wsss.data.photographs import find_photographs
-from wsss.places import Url, place_of
+from wsss.places import Url, place_of, relative
 
 Command = Callable[..., Ended]
 
@@ -48,17 +48,6 @@ def in_memory(photographs: Path) -> Iterator[str]:
 @pytest.fixture
 def given(trained: Path) -> list[str]:
     return [f"checkpoint={trained / 'checkpoints/last.ckpt'}", "num_workers=0"]
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1, ended.err
-    assert all(word in lines[0] for word in words), lines[0]
 
 
 def unpack(out: Path) -> dict[str, bytes]:
@@ -121,8 +110,14 @@ def test_a_folder_that_is_listed(in_memory: str, photographs: Path) -> None:
         (lambda url, root: Folder("nothing://photos"), ["nothing://photos", "Protocol not known"]),
         (lambda url, root: Folder("http://127.0.0.1:9/photos"), ["127.0.0.1:9", "cannot be read", "network"]),
         (lambda url, root: place_of(f"{url}/im Urlaub").files(), ["cannot be listed"]),
+        (
+            lambda url, root: (root / "labels.csv").write_text("file,labels\n../../a.jpg,cat") and Folder(url),
+            ["../../a"],
+        ),
+        (lambda url, root: Folder("http://[photos"), ["http://[photos is no place", "IPv6"]),
+        (lambda url, root: Folder("https://me:word@127.0.0.1:9/p?sig=abc&v=1"), ["https://***@", "sig=***&v=1"]),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_addresses_that_do_not_do(
     served: FolderServer, photographs: Path, make: Callable[[str, Path], Any], words: list[str]
@@ -133,6 +128,7 @@ def test_addresses_that_do_not_do(
         make(served.url, photographs)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+    assert "word@" not in str(caught.value)
 
 
 def find_module(name: str) -> bool:
@@ -162,6 +158,9 @@ def test_names_of_addresses() -> None:
     assert isinstance(place_of("/a/b.jpg"), Path)
     url = Url("https://host/a/b%20c.JPG?key=1%2F2.png")
     assert (url.name, url.suffix) == ("b c.JPG", ".JPG")
+    below = Url("https://host/x?sas=1/2") / "a b.jpg"
+    assert below == Url("https://host/x/a%20b.jpg?sas=1/2")
+    assert (below.parent, relative(below, below.parent)) == (Url("https://host/x?sas=1/2"), PurePosixPath("a b.jpg"))
     assert str(Url("https://host/x/") / "b c#1.jpg") == "https://host/x/b%20c%231.jpg"
     assert str(Url("s3://bucket/x") / "b c#1.jpg") == "s3://bucket/x/b c#1.jpg"
 
@@ -197,8 +196,10 @@ def test_predictions_of_addresses(
         assert len(found) == 2 * count
         assert found.items() <= predicted.items()
     (photographs / "some.txt").write_text("im Urlaub/none.jpg\nim Urlaub/" + names[0], encoding="utf-8")
-    ended = command("predict", *given, f"images={served.url}/some.txt", f"out={tmp_path / 'bad'}")
+    secret = served.url.replace("://", "://me:word@")
+    ended = command("predict", *given, f"images={secret}/some.txt", f"out={tmp_path / 'bad'}")
     refused(ended, "1 of 2 images", "none.jpg does not exist")
+    assert "word" not in ended.err + ended.out + (tmp_path / "bad/settings.json").read_text()
     assert len(masks(tmp_path / "bad")) == 2
 
 
@@ -206,7 +207,9 @@ def test_predictions_of_shards(
     command: Command, given: list[str], photographs: Path, tmp_path: Path, predicted: dict[str, bytes]
 ) -> None:
     shards = tmp_path / "shards"
-    arguments = [f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=0.3", "images_per_shard=3"]
+    arguments = [f"dataset.root={photographs}", "dataset.masks=masks", "dataset.val=all", "images_per_shard=3"]
+    (photographs / "every.txt").write_text("\n".join(f"Bild {n} (groß)" for n in range(8)), encoding="utf-8")
+    arguments.append("dataset.train=every.txt")  # all of them in both splits, each predicted once
     assert command("data", "shards", f"out={shards}", *arguments, "num_workers=0").code == 0
     server = FolderServer(shards)
     try:
@@ -371,7 +374,12 @@ def test_lists_of_photographs(tmp_path: Path) -> None:
     assert [str(name) for name in found.names[:2]] == ["a.png", str(absolute)]
     assert str(found.names[2]).startswith("host_80/b/c-")
     assert str(found.names[3]) == "h/b.jpg"
-    for text, words in (("", "lists no image"), ("id,file\n1\n", "without the column file"), ("\xff", "in UTF-8")):
+    for text, words in (
+        ("https://h/a.jpg\nhttp://h/a.jpg\n", "two images .* called h/a.jpg"),
+        ("", "lists no image"),
+        ("id,file\n1\n", "without the column file"),
+        ("\xff", "in UTF-8"),
+    ):
         (tmp_path / "bad.csv").write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=words):
             find_photographs(str(tmp_path / "bad.csv"), tmp_path / "out")

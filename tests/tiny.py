@@ -135,6 +135,19 @@ class Ended(NamedTuple):
     err: str
 
 
+def refused(ended: Ended, *words: str) -> None:
+    """By one sentence that has these words."""
+    assert ended.code == 2
+    lines = ended.err.strip().splitlines()
+    assert len(lines) == 1, ended.err
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Of all files in a folder, by their relative paths."""
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def call(command: str, *arguments: str) -> int:
     """Run `wsss-<command>` in this process; returns its exit code."""
     from importlib import import_module

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import textwrap
 import zlib
 from collections.abc import Iterator
@@ -24,27 +25,43 @@ OPEN_FILES = 32
 
 def place_of(given: str) -> "Path | Url":
     """What the user calls a file or a folder."""
-    parts = urlsplit(given) if "://" in given else None
-    if parts is None or parts.scheme == "file":
-        return Path(given if parts is None else url2pathname(parts.path)).expanduser()
+    try:
+        parts = urlsplit(given) if "://" in given else None
+        if parts is None or parts.scheme == "file":
+            return Path(given if parts is None else url2pathname(parts.path)).expanduser()
+    except (ValueError, RuntimeError) as error:  # a host without its bracket, ~ of nobody
+        raise InputError(f"{without_secrets(given)} is no place ({error}): correct it.") from error
     return Url(given)
+
+
+def without_secrets(text: str) -> str:
+    """Text in which addresses have no user, password, signature or token: messages and records are passed on."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    return re.sub(r"(?i)(?<=[?&])([\w-]*(?:sig|token|key|secret|passw|credential)[\w-]*)=[^&\s'\")]+", r"\1=***", text)
 
 
 @dataclass(frozen=True, order=True)
 class Url:
     """A place of any protocol that fsspec knows (http, https, s3, gs, ...), as far as it is used like a path.
 
-    What is read is read whole, in one request. Every method raises InputError with one sentence that names the URL.
+    What is read is read whole, in one request. A query, a token say, goes along to what lies below and above. Every
+    method raises InputError with one sentence that names the URL, as `str` does, without secrets.
     """
 
     address: str
 
     def __str__(self) -> str:
-        return self.address
+        return without_secrets(self.address)
 
     def __truediv__(self, name: str | PurePath) -> "Url":
-        below = PurePosixPath(name).as_posix()
-        return Url(f"{self.address.rstrip('/')}/{quote(below) if self.is_web else below}")
+        below, (path, query) = PurePosixPath(name).as_posix(), self.split
+        return Url(f"{path.rstrip('/')}/{quote(below) if self.is_web else below}{query}")
+
+    @property
+    def split(self) -> tuple[str, str]:
+        """The address up to its path, and its query; names of other protocols may hold a question mark."""
+        path, mark, query = self.address.partition("?") if self.is_web else (self.address, "", "")
+        return path, mark + query
 
     @property
     def is_web(self) -> bool:
@@ -57,7 +74,8 @@ class Url:
 
     @property
     def parent(self) -> "Url":
-        return Url(self.address.rpartition("/")[0])
+        path, query = self.split
+        return Url(path.rpartition("/")[0] + query)
 
     @property
     def suffix(self) -> str:
@@ -113,7 +131,7 @@ class Url:
         except ImportError as error:
             raise InputError(f"{self} needs a package that is not here ({error}): install it.") from error
         except Exception as error:  # of aiohttp, botocore, gcsfs, ...
-            found = textwrap.shorten(str(error) or type(error).__name__, 200)
+            found = textwrap.shorten(without_secrets(str(error)) or type(error).__name__, 200)
             advice = "correct the address, see to network and credentials, then run again"
             raise InputError(f"{self} cannot be read ({found}): {advice}.") from error
 
@@ -135,7 +153,8 @@ class Part(NamedTuple):
             content = self.shard.read(self.offset, self.offset + self.length)
         else:
             try:  # one handle for all processes: each read says where
-                content = os.pread(_handle(str(self.shard)).fileno(), self.length, self.offset)
+                file = _handle(str(self.shard))  # held, so that no other thread closes it
+                content = os.pread(file.fileno(), self.length, self.offset)
             except OSError as error:
                 raise InputError(
                     f"{self.shard} cannot be read ({error.strerror}): put it back, or make it again."
@@ -171,7 +190,8 @@ def relative(place: Place, root: Place) -> PurePath:
     """The path of a place below another."""
     if isinstance(place, Path) and isinstance(root, Path):
         return place.relative_to(root)
-    below = str(place).removeprefix(f"{str(root).rstrip('/')}/")
+    whole, above = (one.split[0] if isinstance(one, Url) else str(one) for one in (place, root))
+    below = whole.removeprefix(f"{above.rstrip('/')}/")
     return PurePosixPath(unquote(below) if isinstance(place, Url) and place.is_web else below)
 
 
@@ -194,4 +214,4 @@ def state(place: Readable) -> tuple[Any, ...]:
     if isinstance(place, Path):
         status = place.stat()
         return status.st_size, status.st_mtime_ns
-    return (place.length, place.checksum) if isinstance(place, Part) else (str(place),)
+    return (place.length, place.checksum) if isinstance(place, Part) else (place.address,)

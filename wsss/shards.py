@@ -115,14 +115,17 @@ class Parts(Sequence[Part]):
 
     Args:
         tars: the files.
+        sizes: of each, its bytes.
         tables: of each the columns of its members, see `columns`.
         source: of the tables, for messages.
 
     Raises:
-        InputError: a table that is none.
+        InputError: a table that is none, or lists what is beyond the end of its file.
     """
 
-    def __init__(self, tars: Sequence[Place], tables: Sequence[Mapping[str, Any]], source: Place) -> None:
+    def __init__(
+        self, tars: Sequence[Place], sizes: Sequence[int], tables: Sequence[Mapping[str, Any]], source: Place
+    ) -> None:
         self.tars = tars
         try:
             kinds = {"offset": np.int64, "length": np.int64, "crc32": np.int64}
@@ -136,8 +139,10 @@ class Parts(Sequence[Part]):
             counts = [len(array) for array in arrays["offset"]]
             self.tar = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
             sound = len({len(a) for a in (self.tar, self.offset, self.length, self.checksum)}) == 1
+            ends = np.array(sizes, np.int64)[self.tar]
             sound &= bool((self.offset >= 0).all() and (self.length >= 0).all())
-        except (KeyError, TypeError, ValueError, OverflowError):
+            sound &= bool((self.length <= ends - self.offset).all())
+        except (KeyError, TypeError, ValueError, OverflowError, IndexError):
             sound = False
         if not sound:
             raise InputError(f"{source} lists members that cannot be: make the shards again.")

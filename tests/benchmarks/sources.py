@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.sources [CASE ...] [--before CHECKOUT] [--json FILE]
 
-A round reads a hundred JPEGs of 500 x 375 pixels and some 100 kB in a shuffled order, as a loader does with one worker:
+A round reads a hundred JPEGs of 500 x 375 pixels and some 84 kB in a shuffled order, as a loader does with one worker:
 a hundred thousand divided by its milliseconds is images a second. The server is a process of its own on this machine,
 whose processor time is not counted; `wall ms` also has the way there and back. `index` reads that of a million images
 in a hundred shards: its peak, less that of the others, is what they take in memory.

@@ -103,6 +103,9 @@ def test_features_kept_and_not_are_equal(batch: dict[str, Any], arguments: dict[
         assert keeping.cache.hits == 2 * again
     cams = [method.eval().infer_batch(batch)["cam"] for method in (plain, keeping)]
     torch.testing.assert_close(cams[0], cams[1], rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        cams = [method.infer_batch(batch)["cam"] for method in (plain, keeping)]
+    assert torch.equal(*cams)  # of this precision, not of the one before
     small = build(cache_features=1e-9)  # nothing fits
     small.training_step(batch, 0)
     assert (len(small.cache.kept), small.cache.size) == (0, 0)
@@ -140,6 +143,8 @@ def test_features_in_files_are_those_in_memory(
     batch["image"] = batch["image"] + 1
     loss_of(**files)
     assert len(looked) == 8 + 2
+    loss_of(**files, backbone_args=WECLIP["backbone_args"] | {"num_heads": 1})  # the same weights, other heads
+    assert len(looked) == 10 + 2
 
 
 def test_files_of_features_are_bounded_whole_and_mended(tmp_path: Path) -> None:

@@ -199,9 +199,8 @@ def index(cfg: DictConfig) -> int:
     from wsss.prepare.shards import index_foreign
     from wsss.report.tables import progress
 
-    given, out = [cfg.tars] if isinstance(cfg.tars, str) else list(cfg.tars), Path(cfg.out).expanduser()
-    classes = None if cfg.classes is None else list(cfg.classes)
-    found = index_foreign(given, out, classes, cfg.split, partial(progress, description="passing over"))
+    out, classes = Path(cfg.out).expanduser(), None if cfg.classes is None else list(cfg.classes)
+    found = index_foreign(cfg.tars, out, classes, cfg.split, partial(progress, description="passing over"))
     print(f"{found} images in {out}; dataset=shards dataset.root={out} reads them where they are")
     return found
 

@@ -21,6 +21,7 @@ from wsss.config import (
     flatten,
     plain_values,
 )
+from wsss.places import without_secrets
 from wsss.runs import sha256
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def open_all(cfg: DictConfig) -> tuple["Images", "WSSSModule", dict[str, Any], l
         skipped += small
     arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
     settings = {group: choices[group] for group in ("method", "dataset", "refine")}
-    settings |= flatten(arguments, "method") | flatten(absolute_paths(values), "dataset")
+    places = {k: without_secrets(v) if isinstance(v, str) else v for k, v in absolute_paths(values).items()}
+    settings |= flatten(arguments, "method") | flatten(places, "dataset")
     settings |= flatten(asdict(method.protocol), "protocol")
     settings |= {key: cfg[key] for key in ("split", "cams", "scores", "overlay", "instances", "precision")}
     checkpoint_path = os.path.abspath(cfg.checkpoint)

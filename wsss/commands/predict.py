@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from wsss import InputError, __version__, printable
 from wsss.commandline import FULL, run_command
 from wsss.config import flatten
+from wsss.places import without_secrets
 from wsss.runs import sha256
 
 
@@ -98,7 +99,7 @@ def made_of(cfg: DictConfig, method: Any) -> dict[str, Any]:
     arguments = {key: value for key, value in method.hparams.items() if key not in ("num_classes", "classes")}
     settings = flatten(arguments, "method") | flatten(asdict(method.protocol), "protocol")
     settings |= {key: cfg[key] for key in ("class_threshold", "max_side", "overlay", "cam", "output", "precision")}
-    images = cfg.images if "://" in cfg.images else os.path.abspath(os.path.expanduser(cfg.images))
+    images = without_secrets(cfg.images) if "://" in cfg.images else os.path.abspath(os.path.expanduser(cfg.images))
     path = os.path.abspath(cfg.checkpoint)
     origin = {"version": __version__, "checkpoint": path, "checkpoint_sha256": sha256(path), "images": images}
     return origin | {"classes": method.classes, "settings": settings}

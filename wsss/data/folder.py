@@ -117,6 +117,8 @@ def _named(root: Url, said: Labels) -> dict[PurePath, Place]:
 def _ids(root: Place, paths: Sequence[str]) -> dict[str, str]:
     """Relative path -> id: without suffix, unless another image would have the same id."""
     clean = {path: clean_path(path) for path in paths}
+    if outside := [path for path, name in clean.items() if ".." in name.split("/")]:
+        raise InputError(f"{root}: {first_names(outside)} is no name below a folder: correct it in the labels.")
     names = Counter(clean.values())
     if twins := [name for name, times in names.items() if times > 1]:
         raise InputError(

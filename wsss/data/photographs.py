@@ -42,9 +42,11 @@ def find_photographs(given: str, out: Path) -> Found:
     """
     place = place_of(given)
     if place.name == INDEX:
-        sets = [Shards(str(place.parent), split) for split in ("train", "val")]
-        names = [PurePosixPath(image_id) for images in sets for image_id in images.ids]
-        return Found(names, [part for images in sets for part in images.images])
+        root = place.parent.address if isinstance(place, Url) else str(place.parent)
+        sets = [Shards(root, split) for split in ("train", "val")]
+        # an image that is in both, with val=all say, is predicted once
+        parts = {image_id: part for images in sets for image_id, part in zip(images.ids, images.images, strict=True)}
+        return Found([PurePosixPath(image_id) for image_id in parts], list(parts.values()))
     kind = place.suffix.lower()
     if kind in LISTS and not (isinstance(place, Path) and place.is_dir()):
         listed = _listed(place, kind)
@@ -69,9 +71,11 @@ def _listed(place: Place, kind: str) -> Mapping[PurePath, Place]:
         image = place_of(name)
         if isinstance(image, Path) and not image.is_absolute():
             image = place.parent / name
-            found[PurePosixPath(name)] = image
+            called: PurePath = PurePosixPath(name)
         else:
-            found[_name_of(image)] = image
+            called = _name_of(image)
+        if found.setdefault(called, image) != image:
+            raise InputError(f"{place} lists two images that would both be called {called}: list them in two files.")
     if not found:
         raise InputError(f"{place} lists no image: write one a line.")
     return found
@@ -81,7 +85,7 @@ def _name_of(image: Place) -> PurePath:
     """Host and path of an address, with a hash of what may follow; an absolute path without its root."""
     if isinstance(image, Path):
         return image.relative_to(image.anchor)
-    parts = urlsplit(str(image))
+    parts = urlsplit(image.address)
     name = PurePosixPath(f"{parts.netloc.rpartition('@')[2]}{unquote(parts.path)}".replace(":", "_"))
     follows = hashlib.sha256(parts.query.encode()).hexdigest()[:12]
     return name.with_name(f"{name.stem}-{follows}{name.suffix}") if parts.query else name

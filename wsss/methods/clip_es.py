@@ -90,7 +90,7 @@ class CLIPMaps(WSSSModule):
     ) -> None:
         """The frozen tower, and the checks of what depends on its depth; `cache` has what `FeatureCache` keeps."""
         self.tower = CLIPTower(backbone, weights, arguments, half_positions)
-        self.cache = FeatureCache(f"{self.tower.digest} {half_positions}", *cache)
+        self.cache = FeatureCache(f"{self.tower.digest} {backbone} {arguments} {half_positions}", *cache)
         layers, threshold = self.hparams.affinity_layers, self.hparams.box_threshold
         if not 1 <= layers <= self.tower.depth:
             raise InputError(f"affinity_layers is {layers}, but {backbone} has {self.tower.depth}: give 1 to that many")

@@ -151,7 +151,7 @@ class WeCLIP(CLIPMaps):
         self.dino: DINOTower | None = None
         if dino is not None:
             self.dino = DINOTower(dino, dino_weights, dino_args)
-            self.dino_cache = FeatureCache(self.dino.digest, *cache)
+            self.dino_cache = FeatureCache(f"{self.dino.digest} {dino} {dino_args}", *cache)
             self.dino_fusion = Fusion(self.dino.width, 1, channels, dropout)
         self.decoder = Decoder(channels, decoder_depth, decoder_heads, 1 + num_classes)
         self.par = PAR(**{"iterations": 20} | dict(par or {}))

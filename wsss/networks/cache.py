@@ -26,7 +26,7 @@ class FeatureCache:
     later runs find them; each is written whole or not at all, and processes may share them.
 
     Args:
-        key: that tells the tower from others.
+        key: that tells the tower from others: its weights, and what else its output depends on.
         limit_gb: that all of it may take in memory; None or 0 keeps nothing there.
         folder: of the files; None keeps none.
         folder_gb: that all files in it may take.
@@ -40,13 +40,10 @@ class FeatureCache:
             if not isinstance(value, int | float) or not value >= least:
                 raise InputError(f"{name} is {value!r}: expected a number of GB{', or null' if least == 0 else ''}")
         self.limit = (limit_gb or 0.0) * 1e9
-        self.kept: OrderedDict[bytes, Seen] = OrderedDict()
+        self.kept: OrderedDict[str, Seen] = OrderedDict()
         self.size = self.hits = 0
-        self.key, self.folder, self.folder_limit = (
-            key,
-            None if folder is None else Path(folder).expanduser(),
-            1e9 * folder_gb,
-        )
+        self.key, self.folder_limit = key, folder_gb * 1e9
+        self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,16 +64,15 @@ class FeatureCache:
 
     def _one(self, image: Tensor, look: Callable[[Tensor], Seen]) -> Seen:
         array, kind = image.cpu().contiguous().numpy(), image.device.type
-        key = hashlib.sha256(array.tobytes() + str(array.shape).encode()).digest()
+        # another precision sees something else
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
+        told = hashlib.sha256(f"{self.key} {kind} {precision}".encode()).hexdigest()[:32]
+        key = f"{told}/{hashlib.sha256(array.tobytes() + str(array.shape).encode()).hexdigest()}"
         if key in self.kept:
             self.kept.move_to_end(key)
             self.hits += 1
             return self.kept[key]
-        path = None
-        if self.folder is not None:  # another precision sees something else
-            precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype
-            told = hashlib.sha256(f"{self.key} {kind} {precision}".encode()).hexdigest()[:32]
-            path = self.folder / told / f"{key.hex()}.safetensors"
+        path = None if self.folder is None else self.folder / f"{key}.safetensors"
         seen = None if path is None else read_seen(path)
         if seen is None:
             seen = look(image)
@@ -127,7 +123,8 @@ def read_seen(path: Path) -> Seen | None:
     try:
         tensors = load(path.read_bytes())
         seen = Seen(tensors["blocks"], tensors["attention"], (int(tensors["size"][0]), int(tensors["size"][1])))
-        os.utime(path)
+        with suppress(PermissionError):  # of another user, whose file ages then
+            os.utime(path)
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, IndexError):

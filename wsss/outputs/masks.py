@@ -32,8 +32,7 @@ LONGEST_NAME = 255 - 4
 class MaskFolder:
     """`masks/<name>.png` and, on request, `overlays/<name>.jpg` and `cams/<name>.npz`, each whole or absent.
 
-    Names are relative paths without suffix. Several processes may write to one folder, and what is there is written
-    again.
+    Names are relative paths without suffix. Several processes may write to one folder.
 
     Args:
         out: the folder; made where it is missing.
@@ -61,8 +60,9 @@ class MaskFolder:
             InputError: the folder holds something else.
         """
         path, ours = self.out / "settings.json", json.loads(json.dumps(origin))  # tuples become lists
+        made = self.masks.exists() or (self.out / TARS).exists()  # before: another process may begin just now
         if not path.exists():
-            if self.masks.exists() or (self.out / TARS).exists():
+            if made:
                 raise InputError(f"{self.out} holds masks that {command} has not made: give another out")
             write_json(path, ours)
             return ours

@@ -108,7 +108,10 @@ class Tars(Store):
                 content = read_index(index, {"bytes": int, "names": list, "members": dict})
                 tar = index.with_suffix(".tar")
                 check_size(tar, content["bytes"])
-                self.known |= zip(content["names"], Parts([tar], [content["members"]], index), strict=True)
+                names, parts = content["names"], Parts([tar], [content["bytes"]], [content["members"]], index)
+                if len(names) != len(parts) or not all(isinstance(name, str) for name in names):
+                    raise InputError(f"{index} names other members than it lists: remove it, and run again.")
+                self.known |= zip(names, parts, strict=True)
                 self.seen.add(index.name)
 
     def has(self, name: str) -> bool:

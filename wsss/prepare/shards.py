@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from wsss import InputError
-from wsss.data.base import Images, LabelledImages, digest
+from wsss.data.base import Images, LabelledImages, check_split, digest
 from wsss.data.files import first_names, open_image, reading
 from wsss.data.finding import SUFFIXES
 from wsss.data.shards import INDEX, OF_SPLIT
@@ -114,33 +114,37 @@ def write_list(out: Path, classes: Sequence[str], has_background: bool, splits: 
 
 
 def index_foreign(
-    given: Sequence[str], out: Path, classes: Sequence[str] | None, split: str, progress: Callable[[Any, int], Any]
+    given: str, out: Path, classes: Sequence[str] | None, split: str, progress: Callable[[Any, int], Any]
 ) -> int:
     """Index tar files that others have written for WebDataset, where they are; returns the number of images.
 
-    An image has one key with its labels: `.cls`, numbers of classes from 0, or `.json` with `labels`, or `.txt`, names
-    that semicolons join. One without any of them shows no class. Only the heads of images are passed over, nothing
-    is decoded; masks are not taken.
+    An image has one key with its labels: `.cls`, numbers of classes from 0, else `.json` with `labels`, else `.txt`,
+    names that semicolons join. One without any of them shows no class. Only the heads of images are passed over,
+    nothing is decoded; masks are not taken.
 
     Args:
-        given: paths or addresses; {000..099} stands for numbers, as for the webdataset library.
+        given: path or address; {000..099} stands for numbers, {a,b} for either, as for the webdataset library.
         out: folder of the index.
         classes: names in the order wanted; None takes those of the labels, sorted.
         split: of the images.
 
     Raises:
-        InputError: webdataset is not installed, a tar file cannot be read, or labels are none.
+        InputError: webdataset is not installed, a tar file cannot be read, labels are none, or the folder has an index.
     """
+    check_split(split)
+    if (out / INDEX).exists():
+        raise InputError(f"{out} has an index already, which would be lost: give another out, or remove its files.")
     try:
         from webdataset.shardlists import expand_urls
         from webdataset.tariterators import base_plus_ext
     except ImportError as error:
         raise InputError("shards of others need the webdataset library: pip install 'wsss[scale]'") from error
-    tars = [place_of(name) for one in given for name in expand_urls(one)]
+    tars = [place_of(name) for name in expand_urls(given)]
     found: list[tuple[Place, int, dict[str, Row], dict[str, list[Any]]]] = []
     for tar in progress(tars, len(tars)):
         pictures: dict[str, Row] = {}
         labels: dict[str, list[Any]] = {}
+        said_by: dict[str, int] = {}
         end = 0
         for member, content in _members(tar):
             key, ending = base_plus_ext(member.name)
@@ -150,8 +154,12 @@ def index_foreign(
                 continue
             if kind in SUFFIXES:
                 pictures.setdefault(key, Row(member.name, member.offset_data, member.size, None))
-            elif kind in READ:
-                labels[key] = _said(f"{tar}: {member.name}", kind, content())
+            elif (
+                kind in READ
+                and READ.index(kind) < said_by.get(key, len(READ))
+                and (row := _said(f"{tar}: {member.name}", kind, content())) is not None
+            ):
+                labels[key], said_by[key] = row, READ.index(kind)
         if not pictures:
             raise InputError(f"{tar} holds no image ({end} bytes were passed over): leave it out.")
         found.append((tar, end, pictures, labels))
@@ -173,7 +181,7 @@ def index_foreign(
         ids = [key if unique else f"{number:06d}/{key}" for key in pictures]
         table = {"ids": ids, "labels": rows, "images": columns(list(pictures.values()))}
         listed.append(f"{split}-{number:06d}")
-        where = str(tar.resolve() if isinstance(tar, Path) else tar)
+        where = str(tar.resolve()) if isinstance(tar, Path) else tar.address
         size = tar.stat().st_size if isinstance(tar, Path) else end
         says = {"version": VERSION, "bytes": size, "tar": where, "of": digest(table), **table}
         write_json(out / f"{listed[-1]}.json", says)
@@ -182,7 +190,7 @@ def index_foreign(
 
 
 READ = (".cls", ".json", ".txt")
-"""Members that may hold labels."""
+"""Members that may hold labels; the first one counts."""
 
 
 def _members(tar: Place) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
@@ -207,8 +215,8 @@ LONGEST_LABELS = 2**20
 """Bytes."""
 
 
-def _said(where: str, kind: str, content: bytes) -> list[Any]:
-    """Numbers or names of classes."""
+def _said(where: str, kind: str, content: bytes) -> list[Any] | None:
+    """Numbers or names of classes; None of a JSON without labels."""
     with reading(where, "labels", "correct it, or leave the file out"):
         text = content.decode("utf-8")
         if kind == ".cls":
@@ -216,7 +224,9 @@ def _said(where: str, kind: str, content: bytes) -> list[Any]:
         if kind == ".txt":
             return [name.strip() for name in text.split(";") if name.strip()]
         found = json.loads(text)
-        labels = found.get("labels", []) if isinstance(found, dict) else found
+        labels = found.get("labels") if isinstance(found, dict) else found
+        if labels is None:
+            return None
         if not isinstance(labels, list) or not all(isinstance(label, str | int) for label in labels):
             raise ValueError(f"labels are {labels!r}, expected a list of names or numbers")
         return labels
