@@ -1,6 +1,7 @@
 """`wsss-report`: one file to look at and to hand on, of runs, a pipeline or a sweep."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,8 +57,8 @@ def report(cfg: DictConfig) -> Path:
     notes = [*gallery.notes, *notes]
     sweep = None
     if len(paths) == 1 and (paths[0] / RECORD).is_file():
-        show_sweep(paths[0])
         sweep = read_sweep(paths[0])
+        show_sweep(sweep)
         notes += [f"Missing is {sentence}" for sentence in sweep.missing]
     text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, notes, sweep)
     content = text.encode("utf-8", errors="replace")  # names of files may hold bytes that are no text
@@ -75,18 +76,15 @@ def report(cfg: DictConfig) -> Path:
 
 def compare(runs: Sequence["Run"]) -> tuple[list["Difference"], list[str]]:
     """Differences of later runs from the first one with counts of each image, and why there is none."""
-    from wsss.evaluation.comparison import paired_bootstrap, read_counts
+    from wsss.evaluation.comparison import NoCountsError, paired_bootstrap, read_counts
     from wsss.report.page import Difference
 
     differences, notes = [], []
     for figure in ("miou", "multiscale_miou", "crf_miou", "cam_miou"):
         counted = []
         for run in runs:
-            try:
+            with suppress(NoCountsError):
                 counted += [(run.name, read_counts(run.per_image, figure))] if run.per_image else []
-            except InputError as error:
-                if "has no counts" not in str(error):
-                    raise
         for name, counts in counted[1:]:
             try:
                 found = paired_bootstrap(counted[0][1], counts)
