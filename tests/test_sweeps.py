@@ -18,9 +18,11 @@ from hydra.core.global_hydra import GlobalHydra
 from scipy.stats import ttest_rel
 from tiny import OVERRIDES, Ended
 
+from wsss import InputError
 from wsss.config import config_dir, job_name, job_parts
 from wsss.evaluation.comparison import bootstrap_pairs, read_counts
 from wsss.report.sweep import read_sweep
+from wsss.runs import begin_sweep
 
 Command = Callable[..., Ended]
 ROOT = Path(__file__).parent.parent
@@ -193,6 +195,38 @@ def test_a_sweep_goes_on_where_it_was(
     assert {row["jobs"] for row in rows_of(folder).values()} == {"3"}
     new = command("train", "-m", *OVERRIDES, "seed=1,2", "resume=auto")
     assert "no such sweep in multirun" in new.out
+
+
+def test_sweeps_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    """A job's name leaves out what its own sweep does not vary: in one directory such names would stand for others."""
+    begin_sweep(tmp_path, ["seed"], {"seed=1": ["worse.kept=1", "seed=1"]}, search=False)
+    losses = {"seed=1": ["worse.kept=1", "method.losses={}", "seed=1"]}
+    losses |= {"ptc=null,seed=1": ["worse.kept=1", "method.losses={ptc:null}", "seed=1"]}
+    begin_sweep(tmp_path, ["method.losses", "seed"], losses, search=False)
+    before = (tmp_path / "sweep.json").read_text()
+    assert list(json.loads(before)["jobs"]) == ["seed=1", "ptc=null,seed=1"]
+    for name, overrides, said in (
+        ("seed=1", ["worse.kept=1", "method.losses={ctc:null}", "seed=1"], "method.losses"),
+        ("seed=9", ["worse.kept=0.5", "seed=9"], "worse.kept"),
+    ):
+        with pytest.raises(InputError, match=rf"other settings \({said}\) in its job"):
+            begin_sweep(tmp_path, ["seed"], {name: overrides}, search=False)
+    assert (tmp_path / "sweep.json").read_text() == before
+    begin_sweep(tmp_path, ["seed"], {"seed=9": ["worse.kept=1", "data.num_workers=0", "seed=9"]}, search=False)
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_no_refusal_becomes_a_warning(command: Command, tmp_path: Path) -> None:
+    """Which Hydra makes of exceptions before and after a sweep."""
+    (tmp_path / "seed=3").mkdir()
+    (tmp_path / "seed=3/metrics.json").write_text("{")
+    (tmp_path / "sweep.json").write_text('{"swept": ["seed"], "jobs": {"seed=3": ["worse.kept=2", "seed=3"]}}')
+    for share, said in (("1", "other settings (worse.kept) in its job seed=3"), ("2", "metrics.json is damaged")):
+        ended = command("train", "-m", f"worse.kept={share}", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+        assert ended.code == 2
+        assert said in ended.err.splitlines()[-1]
+        assert "Warning" not in ended.err
+        assert (tmp_path / "seed=1/failure.json").exists() is (share == "2")
 
 
 def test_what_is_missing_is_said(swept: Path, tmp_path: Path) -> None:
