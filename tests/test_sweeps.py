@@ -286,6 +286,22 @@ def test_refinements_of_two_checkpoints(swept: Path, command: Command) -> None:
 
 
 @pytest.mark.usefixtures("_no_report")
+def test_masks_elsewhere(swept: Path, command: Command) -> None:
+    """Jobs of wsss-label whose `out` is none of the sweep's directories."""
+    given = [f"checkpoint={swept / 'seed=1/checkpoints/last.ckpt'}", "split=val,train", "num_workers=0"]
+    ended = command("label", "-m", *given, "out=masks/${split}")
+    assert ended.code == 0, ended.err
+    (folder,) = Path("multirun").iterdir()
+    assert not list(folder.glob("*/manifest.json"))
+    sweep = read_sweep(folder)
+    assert sweep.missing == []
+    assert [set(job.figures) & {"val/mask_miou", "train/mask_miou"} for job in sweep.jobs] == [
+        {"val/mask_miou"},
+        {"train/mask_miou"},
+    ]
+
+
+@pytest.mark.usefixtures("_no_report")
 def test_worse_labels(command: Command) -> None:
     """A share of zero is the sweep's first variant and the run that has no such setting; others are other data."""
     worse = ["-m", *OVERRIDES, "experiment=label_noise", "worse.wrong=0,0.9", "seed=1,2"]

@@ -24,6 +24,9 @@ from wsss.writing import write_json, write_whole
 RECORD = "sweep.json"
 """Of the jobs of a sweep, in its directory."""
 
+ELSEWHERE = "elsewhere.json"
+"""In the directory of a job of `wsss-label` whose `out` is another one: which."""
+
 FIGURES = (
     "val/miou",
     "val/multiscale_miou",
@@ -137,7 +140,7 @@ def read_sweep(folder: Path) -> Sweep:
     swept = record.get("swept") or [key for key in keys if len({one.get(key) for one in given}) > 1]
     repeated = ["seed", *(["checkpoint"] if _differ_in_seed(listed.values()) else [])]
     repeated = [key for key in repeated if key in swept]
-    jobs = [_job(folder / name, overrides, swept, repeated) for name, overrides in listed.items()]
+    jobs = [_job(folder, name, overrides, swept, repeated) for name, overrides in listed.items()]
     baseline = jobs[0].variant if jobs else FIRST
     return Sweep(folder, jobs, _rows(folder, jobs, baseline), baseline)
 
@@ -157,19 +160,21 @@ def _differ_in_seed(jobs: Any) -> bool:
     return bool(runs) and all(run.settings for run in runs) and len(same_but_seed(runs)) == 1
 
 
-def _job(out: Path, overrides: Sequence[str], swept: Sequence[str], repeated: Sequence[str]) -> Job:
+def _job(folder: Path, name: str, overrides: Sequence[str], swept: Sequence[str], repeated: Sequence[str]) -> Job:
     parts = job_parts(overrides, swept)
     variant = ", ".join(part for key, part in parts.items() if key not in repeated and part) or FIRST
     repeat = ", ".join(part for key, part in parts.items() if key in repeated)
-    job = Job(out.name, parts, variant, repeat, "not run")
+    job = Job(name, parts, variant, repeat, "not run")
+    own, pointer = folder / name, folder / name / ELSEWHERE
+    out = Path(str(read_object(pointer).get("out"))) if pointer.is_file() else own
     if (out / "metrics.json").is_file():
         job.state = "finished"
         values = read_object(out / "metrics.json")
         job.figures = {key: value for key, value in values.items() if isinstance(value, int | float)}
     elif (out / "manifest.json").is_file():
         job.state = "finished"
-    elif (out / "failure.json").is_file():
-        failure = read_object(out / "failure.json")
+    elif (own / "failure.json").is_file():
+        failure = read_object(own / "failure.json")
         job.state, job.said, job.code = "failed", str(failure.get("sentence", "")), int(failure.get("code", 1))
     elif any((out / name).is_file() for name in ("run.json", "settings.json")):
         job.state, job.code = "unfinished", 1
