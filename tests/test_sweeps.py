@@ -229,6 +229,18 @@ def test_no_refusal_becomes_a_warning(command: Command, tmp_path: Path) -> None:
         assert (tmp_path / "seed=1/failure.json").exists() is (share == "2")
 
 
+def test_a_summary_needs_no_report(
+    swept: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made where the packages of one are not installed, and where no job has begun."""
+    monkeypatch.setattr("wsss.commands.report.find_spec", lambda _: None)
+    (tmp_path / "sweep.json").write_text((swept / "sweep.json").read_text())
+    ended = command("report", str(tmp_path))
+    assert (ended.code, "a report needs" in ended.err) == (2, True)
+    assert ended.out.count("not run") >= len(JOBS)
+    assert len(json.loads((tmp_path / "summary.json").read_text())["missing"]) == len(JOBS) + 1
+
+
 def test_what_is_missing_is_said(swept: Path, tmp_path: Path) -> None:
     """Of a sweep whose first variant has nothing, there are no differences."""
     folder = tmp_path / "sweep"

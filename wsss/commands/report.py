@@ -32,20 +32,24 @@ MOST_COMPARED = 500
 
 def report(cfg: DictConfig) -> Path:
     """Write the report of the runs, and say how large it is; returns its path."""
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
-    from wsss.evaluation.comparison import over_seeds
-    from wsss.report.baseline import how_to_add
-    from wsss.report.page import page, picture_of, seeds_of
-    from wsss.report.reading import read_all
     from wsss.report.sweep import RECORD, read_sweep, show_sweep
-    from wsss.writing import write_whole
 
     if not isinstance(cfg.examples, int) or isinstance(cfg.examples, bool) or cfg.examples < 0:
         raise InputError(f"examples is {cfg.examples!r}: expected a whole number of at least 0")
     paths = [Path(path).expanduser() for path in cfg.runs]
     if not paths:
         raise InputError("no run is given: wsss-report RUN..., the directories of runs, a pipeline or a sweep")
+    sweep = read_sweep(paths[0]) if len(paths) == 1 and (paths[0] / RECORD).is_file() else None
+    if sweep is not None:
+        show_sweep(sweep)  # also where no job has begun, or what a report needs is not installed
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
+    from wsss.evaluation.comparison import over_seeds
+    from wsss.report.baseline import how_to_add
+    from wsss.report.page import page, picture_of, seeds_of
+    from wsss.report.reading import read_all
+    from wsss.writing import write_whole
+
     runs = read_all(paths)
     out = Path(cfg.out).expanduser() if cfg.out else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     gallery = Gallery(runs, extra_directories())
@@ -55,10 +59,7 @@ def report(cfg: DictConfig) -> Path:
     names = ", ".join(path.resolve().name for path in paths)
     title = f"Report of {names}" if len(names) < 100 else f"Report of {len(paths)} runs"
     notes = [*gallery.notes, *notes]
-    sweep = None
-    if len(paths) == 1 and (paths[0] / RECORD).is_file():
-        sweep = read_sweep(paths[0])
-        show_sweep(sweep)
+    if sweep is not None:
         notes += [f"Missing is {sentence}" for sentence in sweep.missing]
     text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, notes, sweep)
     content = text.encode("utf-8", errors="replace")  # names of files may hold bytes that are no text
