@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -256,20 +257,21 @@ def test_what_is_missing_is_said(swept: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_report_of_a_sweep(swept: Path, command: Command) -> None:
+def test_report_of_a_sweep(swept: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made again by hand: table, figure and page."""
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
-    (swept / "summary.csv").unlink()
-    (swept / "seed=2/metrics.json").rename(swept / "seed=2/kept")
-    ended = command("report", str(swept), "examples=0")
-    (swept / "seed=2/kept").rename(swept / "seed=2/metrics.json")
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = Path(shutil.copytree(swept, tmp_path / "sweep"))
+    (folder / "summary.csv").unlink()
+    (folder / "seed=2/metrics.json").unlink()
+    ended = command("report", str(folder), "examples=0")
     assert ended.code == 0, ended.err
     assert "missing: seed=2: unfinished" in ended.out
     assert "95 % over images" in ended.out
-    assert rows_of(swept)["val/miou", "as configured"]["jobs"] == "1"
-    assert (swept / "summary.png").read_bytes()[:4] == b"\x89PNG"
-    page = (swept / "report.html").read_text()
+    assert rows_of(folder)["val/miou", "as configured"]["jobs"] == "1"
+    assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    page = (folder / "report.html").read_text()
     assert "Variants of the sweep" in page
     assert "Missing is seed=2: unfinished" in page
     assert "toco, ptc=null, seed=1" in page
