@@ -42,6 +42,8 @@ Command = Callable[..., Ended]
         "trainer.accelerator=foo",
         "trainer.val_check_interval=0",
         "monitor=val/foo",
+        "gather_losses=flase",
+        "worse.missing=nan",
     ],
 )
 def test_values_of_the_wrong_kind(command: Command, override: str) -> None:

@@ -17,7 +17,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["mctformer", "weaktr"])
 def test_two_devices_are_two_batches_a_step(tmp_path: Path, method: str) -> None:
     """The same images make a step on two devices and, batch by batch, on one: so do the same weights come out."""
-    arguments = [*settings(method, steps=6, workers=0), "global_batch_size=4"]  # its losses are means over images
+    # its losses are means over images
+    arguments = [*settings(method, steps=6, workers=0), "global_batch_size=4", "per_image=true"]
     two = ["trainer.devices=2", "trainer.strategy=ddp", f"hydra.run.dir={tmp_path / 'two'}"]
     done = subprocess.run(["wsss-train", *arguments, *two], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -27,6 +28,11 @@ def test_two_devices_are_two_batches_a_step(tmp_path: Path, method: str) -> None
     assert one.keys() == both.keys()
     for key, value in one.items():
         torch.testing.assert_close(both[key], value, atol=2e-6, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    counts = [(tmp_path / run / "per_image.csv").read_text().splitlines() for run in ("one", "two")]
+    assert counts[0][0] == counts[1][0]
+    counted = [sorted(line.split(",")[:3] for line in lines[1:]) for lines in counts]
+    assert counted[0] == counted[1]
+    assert not list((tmp_path / "two").glob("per_image.*.csv"))
 
 
 EARLY = "method.warmup_weights={seg: null, swap_cam: null, dense_energy: null}"

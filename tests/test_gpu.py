@@ -114,7 +114,7 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
-    """What is trained on the device evaluates, and labels, there as on the host."""
+    """What is trained on the device evaluates there as on the host."""
     gpu = [*OVERRIDES, "trainer.accelerator=gpu", "trainer.devices=1"]
     assert call("train", *gpu, f"hydra.run.dir={tmp_path / 'run'}") == 0
     checkpoint = f"checkpoint={tmp_path / 'run/checkpoints/last.ckpt'}"

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 from scipy.stats import ttest_rel
 from tiny import OVERRIDES, Ended
 
+from wsss import InputError
 from wsss.config import config_dir, job_name, job_parts
 from wsss.evaluation.comparison import bootstrap_pairs, read_counts
 from wsss.report.sweep import read_sweep
+from wsss.runs import begin_sweep
 
 Command = Callable[..., Ended]
 ROOT = Path(__file__).parent.parent
@@ -195,6 +198,50 @@ def test_a_sweep_goes_on_where_it_was(
     assert "no such sweep in multirun" in new.out
 
 
+def test_sweeps_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    """A job's name leaves out what its own sweep does not vary: in one directory such names would stand for others."""
+    begin_sweep(tmp_path, ["seed"], {"seed=1": ["worse.kept=1", "seed=1"]}, search=False)
+    losses = {"seed=1": ["worse.kept=1", "method.losses={}", "seed=1"]}
+    losses |= {"ptc=null,seed=1": ["worse.kept=1", "method.losses={ptc:null}", "seed=1"]}
+    begin_sweep(tmp_path, ["method.losses", "seed"], losses, search=False)
+    before = (tmp_path / "sweep.json").read_text()
+    assert list(json.loads(before)["jobs"]) == ["seed=1", "ptc=null,seed=1"]
+    for name, overrides, said in (
+        ("seed=1", ["worse.kept=1", "method.losses={ctc:null}", "seed=1"], "method.losses"),
+        ("seed=9", ["worse.kept=0.5", "seed=9"], "worse.kept"),
+    ):
+        with pytest.raises(InputError, match=rf"other settings \({said}\) in its job"):
+            begin_sweep(tmp_path, ["seed"], {name: overrides}, search=False)
+    assert (tmp_path / "sweep.json").read_text() == before
+    begin_sweep(tmp_path, ["seed"], {"seed=9": ["worse.kept=1", "data.num_workers=0", "seed=9"]}, search=False)
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_no_refusal_becomes_a_warning(command: Command, tmp_path: Path) -> None:
+    """Which Hydra makes of exceptions before and after a sweep."""
+    (tmp_path / "seed=3").mkdir()
+    (tmp_path / "seed=3/metrics.json").write_text("{")
+    (tmp_path / "sweep.json").write_text('{"swept": ["seed"], "jobs": {"seed=3": ["worse.kept=2", "seed=3"]}}')
+    for share, said in (("1", "other settings (worse.kept) in its job seed=3"), ("2", "metrics.json is damaged")):
+        ended = command("train", "-m", f"worse.kept={share}", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+        assert ended.code == 2
+        assert said in ended.err.splitlines()[-1]
+        assert "Warning" not in ended.err
+        assert (tmp_path / "seed=1/failure.json").exists() is (share == "2")
+
+
+def test_a_summary_needs_no_report(
+    swept: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made where the packages of one are not installed, and where no job has begun."""
+    monkeypatch.setattr("wsss.commands.report.find_spec", lambda _: None)
+    (tmp_path / "sweep.json").write_text((swept / "sweep.json").read_text())
+    ended = command("report", str(tmp_path))
+    assert (ended.code, "a report needs" in ended.err) == (2, True)
+    assert ended.out.count("not run") >= len(JOBS)
+    assert len(json.loads((tmp_path / "summary.json").read_text())["missing"]) == len(JOBS) + 1
+
+
 def test_what_is_missing_is_said(swept: Path, tmp_path: Path) -> None:
     """Of a sweep whose first variant has nothing, there are no differences."""
     folder = tmp_path / "sweep"
@@ -210,20 +257,21 @@ def test_what_is_missing_is_said(swept: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_report_of_a_sweep(swept: Path, command: Command) -> None:
+def test_report_of_a_sweep(swept: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made again by hand: table, figure and page."""
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
-    (swept / "summary.csv").unlink()
-    (swept / "seed=2/metrics.json").rename(swept / "seed=2/kept")
-    ended = command("report", str(swept), "examples=0")
-    (swept / "seed=2/kept").rename(swept / "seed=2/metrics.json")
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = Path(shutil.copytree(swept, tmp_path / "sweep"))
+    (folder / "summary.csv").unlink()
+    (folder / "seed=2/metrics.json").unlink()
+    ended = command("report", str(folder), "examples=0")
     assert ended.code == 0, ended.err
     assert "missing: seed=2: unfinished" in ended.out
-    assert "95 %" in ended.out  # over images, in a heading that may be broken into lines
-    assert rows_of(swept)["val/miou", "as configured"]["jobs"] == "1"
-    assert (swept / "summary.png").read_bytes()[:4] == b"\x89PNG"
-    page = (swept / "report.html").read_text()
+    assert "95 % over images" in ended.out
+    assert rows_of(folder)["val/miou", "as configured"]["jobs"] == "1"
+    assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    page = (folder / "report.html").read_text()
     assert "Variants of the sweep" in page
     assert "Missing is seed=2: unfinished" in page
     assert "toco, ptc=null, seed=1" in page
@@ -249,6 +297,22 @@ def test_refinements_of_two_checkpoints(swept: Path, command: Command) -> None:
     folder = max(Path("multirun").iterdir(), key=lambda path: path.stat().st_mtime)
     assert len(list(folder.glob("*/metrics.json"))) == 4
     assert len({variant for _, variant in rows_of(folder)}) == 4
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_masks_elsewhere(swept: Path, command: Command) -> None:
+    """Jobs of wsss-label whose `out` is none of the sweep's directories."""
+    given = [f"checkpoint={swept / 'seed=1/checkpoints/last.ckpt'}", "split=val,train", "num_workers=0"]
+    ended = command("label", "-m", *given, "out=masks/${split}")
+    assert ended.code == 0, ended.err
+    (folder,) = Path("multirun").iterdir()
+    assert not list(folder.glob("*/manifest.json"))
+    sweep = read_sweep(folder)
+    assert sweep.missing == []
+    assert [set(job.figures) & {"val/mask_miou", "train/mask_miou"} for job in sweep.jobs] == [
+        {"val/mask_miou"},
+        {"train/mask_miou"},
+    ]
 
 
 @pytest.mark.usefixtures("_no_report")

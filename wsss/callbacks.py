@@ -193,9 +193,10 @@ class Pace(pl.Callback):
 
 
 class PerImageCounts(pl.Callback):
-    """Writes the counts of each image that an evaluation returns to `per_image.csv`, of each process its own.
+    """Writes the counts of each image that an evaluation returns to `per_image.csv`.
 
-    They grow with the images, so that no metric holds them.
+    Of several processes each writes its own, which the first one joins. They grow with the images, so that no metric
+    holds them.
     """
 
     def __init__(self, out: Path) -> None:
@@ -216,6 +217,17 @@ class PerImageCounts(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.open.close()
+        if trainer.world_size == 1:
+            return
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            parts = [self.out / f"per_image.{rank}.csv" for rank in range(trainer.world_size)]
+            with write_whole(self.out / "per_image.csv") as file:
+                for rank, part in enumerate(parts):
+                    heading, rows = part.read_bytes().split(b"\n", 1)
+                    file.write(rows if rank else heading + b"\n" + rows)
+            for part in parts:
+                part.unlink()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.open.__exit__(type(exception), exception, exception.__traceback__)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wsss import InputError, RunError, printable
-from wsss.config import PATH_KEYS, composing, config_dir, given_directories, given_values, quote
+from wsss.config import PATH_KEYS, CallbackFailure, composing, config_dir, given_directories, given_values, quote
 
 OPTIONAL_GROUPS = ("transform", "recipe", "pipeline/recipe")
 """Groups whose option is named after others and need not exist."""
@@ -77,7 +77,10 @@ def run_command(
         if not {"--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc"} & set(arguments):
             arguments = prepare(arguments)
         sys.argv[1:] = arguments
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name.split()[-1])(job)()
+        except CallbackFailure as failure:
+            raise failure.__cause__ or failure from None
     except (InputError, HydraException, OmegaConfBaseException) as error:
         failures.append(_say(name, explain(error, name, arguments), 2))
     except KeyboardInterrupt:
@@ -143,7 +146,8 @@ def _job(name: str, task: Callable[[DictConfig], Any], failures: list[int]) -> C
         failures.append(_say(name, place + sentence, code))
         if not alone:  # `failures` may be a copy, in a process of a launcher
             content = {"code": code, "sentence": printable(sentence)}
-            (out / "failure.json").write_text(json.dumps(content), encoding="utf-8")
+            (out / ".failure.json").write_text(json.dumps(content), encoding="utf-8")
+            (out / ".failure.json").replace(out / "failure.json")  # whole or not at all
         return math.nan
 
     job.__name__ = task.__name__

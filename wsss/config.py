@@ -287,9 +287,22 @@ def _fits(value: Any, kind: Any) -> bool:
     return True
 
 
+class CallbackFailure(BaseException):
+    """Carries an exception out of Hydra's callbacks, of which Hydra makes a mere warning; that is its cause."""
+
+
+@contextmanager
+def carrying() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CallbackFailure from error
+
+
 class SweepTable(Callback):
     """Hydra's callback: before `-m` the names of the jobs, after it tables over them and report.html."""
 
+    @carrying()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Find the jobs and their directory, which with `resume=auto` is that of an unfinished sweep of the same jobs.
 
@@ -307,10 +320,12 @@ class SweepTable(Callback):
                 f"hydra.job.config.override_dirname.exclude_keys={quote(_fixed(config, swept))}",
             ]
 
+    @carrying()
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit where jobs have failed, in whatever process."""
         folder = Path(config.hydra.sweep.dir)
-        code: int = hydra.utils.get_object("wsss.report.sweep.show_sweep")(folder)
+        read, show = (hydra.utils.get_object(f"wsss.report.sweep.{name}_sweep") for name in ("read", "show"))
+        code: int = show(read(folder))
         directories = [option for place in _added(config.hydra) for option in ("--config-dir", place)]
         hydra.utils.get_object("wsss.report.afterwards.write_report")(folder, directories)
         if code:

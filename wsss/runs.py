@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from wsss import InputError, RunError, __version__
-from wsss.config import flatten
+from wsss.config import flatten, key_of
 from wsss.writing import write_json, write_whole
 
 if TYPE_CHECKING:
@@ -187,34 +187,49 @@ def begin_sweep(out: Path, swept: Sequence[str], jobs: Mapping[str, Sequence[str
         swept: keys that the sweep varies.
         jobs: overrides of each job by name, which is that of its directory.
         search: whether to go on with the newest unfinished sweep of the same jobs beside `out` instead.
+
+    Raises:
+        InputError: the sweep that is there has other settings, by which its jobs and these would be mixed up.
     """
+    matter = _that_matter(jobs)
     if search:
         begun = sorted(out.parent.glob("*/sweep.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        same = (
-            path.parent for path in begun if _that_matter((read_json(path) or {}).get("jobs")) == _that_matter(jobs)
-        )
+        same = (path.parent for path in begun if _that_matter((read_json(path) or {}).get("jobs")) == matter)
         old = next((sweep for sweep in same if any(finished_figures(sweep / name) is None for name in jobs)), None)
         print(
             f"resume=auto: {f'going on with {old}' if old else f'no such sweep in {out.parent}, starting {out.name}'}"
         )
         out = old or out
     record = read_json(out / "sweep.json") or {}
+    varied = list(dict.fromkeys([*record.get("swept", ()), *swept]))
+    for there, theirs in _that_matter(record.get("jobs")).items():
+        for name, ours in matter.items():
+            different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+            if mixed := [key for key in different if name == there or key not in varied]:
+                raise InputError(
+                    f"the sweep in {out} has other settings ({', '.join(mixed[:3])}) in its job {there}: give another "
+                    "hydra.sweep.dir, or sweep over the old values and the new"
+                )
     write_json(
         out / "sweep.json",
         {
             "command": " ".join(sys.argv),
             "wsss": __version__,
-            "swept": list(dict.fromkeys([*record.get("swept", ()), *swept])),
+            "swept": varied,
             "jobs": record.get("jobs", {}) | {name: list(overrides) for name, overrides in jobs.items()},
         },
     )
     return out
 
 
-def _that_matter(jobs: Any) -> dict[str, list[str]]:
-    """The overrides of jobs that their results depend on, as `sweep.json` has them."""
+def _that_matter(jobs: Any) -> dict[str, dict[str, str]]:
+    """Of jobs, as `sweep.json` has them, what their results depend on: values by key, but for `{}`, which sets none."""
     return {
-        str(name): sorted(override for override in given if not NO_MATTER.fullmatch(override.partition("=")[0]))
+        str(name): {
+            key_of(override): value
+            for override in given
+            if (value := override.partition("=")[2]) != "{}" and not NO_MATTER.fullmatch(key_of(override))
+        }
         for name, given in (jobs or {}).items()
     }
 

@@ -40,6 +40,16 @@ def test_missing_labels() -> None:
     assert not Worse(SOURCE, missing=1.0).has_labels
 
 
+def test_without_masks_labels_stay_worse() -> None:
+    source = Shapes("val", val_size=6, size=32, num_classes=8)
+    worse = Worse(source, kept=0.5, wrong=1.0)
+    plain = worse.without_masks()
+    assert not plain.has_masks
+    assert "mask" not in plain[0]
+    assert np.array_equal(plain.label(0), worse.label(0))
+    assert not np.array_equal(plain.label(0), source.label(worse.indices[0]))
+
+
 def test_wrong_labels() -> None:
     """As many labels of each image as there were, a share of them where the image shows nothing."""
     few, many = labels_of(wrong=0.2), labels_of(wrong=0.4)
@@ -50,6 +60,21 @@ def test_wrong_labels() -> None:
     both = labels_of(wrong=0.3, missing=0.2)
     assert (both > LABELS).sum() == round(0.3 * count)
     assert both.sum() == count - round(0.2 * count)
+
+
+def test_no_label_is_both_missing_and_wrong() -> None:
+    """Also where both halves of an odd number are rounded up."""
+    counts = set()
+    for size in range(1, 12):
+        source = Shapes("train", train_size=size, size=32, num_classes=8)
+        worse = Worse(source, missing=0.5, wrong=0.5)
+        assert worse.labels is not None
+        shown = np.stack([source.label(index) for index in range(size)])
+        count = int(shown.sum())
+        counts.add(count % 4)
+        assert worse.labels.sum() == count - round(count / 2)
+        assert (worse.labels * shown).sum() == max(0, count - 2 * round(count / 2))
+    assert 3 in counts  # of which half is rounded up
 
 
 def test_an_image_that_shows_all_classes_has_no_wrong_one() -> None:
@@ -77,6 +102,7 @@ def test_what_it_is() -> None:
         ({"kept": 1.5}, "above 0 and up to 1"),
         ({"missing": -0.1}, "together at most 1"),
         ({"missing": 0.6, "wrong": 0.6}, "worse.wrong=0.6"),
+        ({"missing": float("nan")}, "worse.missing=nan"),
         ({"seed": -1}, "worse.seed is -1"),
     ],
 )

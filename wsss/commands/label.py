@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from wsss import InputError, __version__
@@ -41,8 +42,10 @@ def label(cfg: DictConfig) -> int:
 
     from wsss.assemble import in_precision, local_device, quieten
     from wsss.outputs.labels import LabelFolder
+    from wsss.report.sweep import ELSEWHERE
     from wsss.report.tables import print_classes
     from wsss.runs import share, shared, write_skipped
+    from wsss.writing import write_json
 
     quieten()
     check_settings(cfg)
@@ -60,6 +63,9 @@ def label(cfg: DictConfig) -> int:
     kinds = ["masks", *(kind for kind in optional if optional[kind])]
     folder = LabelFolder(Path(cfg.out).expanduser(), origin, kinds, cfg.output, cfg.images_per_tar)
     ids = list(images.ids)
+    run = HydraConfig.get()
+    if run.mode == RunMode.MULTIRUN and folder.out.resolve() != (job := Path(run.runtime.output_dir)).resolve():
+        write_json(job / ELSEWHERE, {"out": str(folder.out.resolve())})
     with shared(folder.out):
         folder.begin()
         if rank == 0:

@@ -1,6 +1,7 @@
 """`wsss-report`: one file to look at and to hand on, of runs, a pipeline or a sweep."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,20 +32,24 @@ MOST_COMPARED = 500
 
 def report(cfg: DictConfig) -> Path:
     """Write the report of the runs, and say how large it is; returns its path."""
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
-    from wsss.evaluation.comparison import over_seeds
-    from wsss.report.baseline import how_to_add
-    from wsss.report.page import page, picture_of, seeds_of
-    from wsss.report.reading import read_all
     from wsss.report.sweep import RECORD, read_sweep, show_sweep
-    from wsss.writing import write_whole
 
     if not isinstance(cfg.examples, int) or isinstance(cfg.examples, bool) or cfg.examples < 0:
         raise InputError(f"examples is {cfg.examples!r}: expected a whole number of at least 0")
     paths = [Path(path).expanduser() for path in cfg.runs]
     if not paths:
         raise InputError("no run is given: wsss-report RUN..., the directories of runs, a pipeline or a sweep")
+    sweep = read_sweep(paths[0]) if len(paths) == 1 and (paths[0] / RECORD).is_file() else None
+    if sweep is not None:
+        show_sweep(sweep)  # also where no job has begun, or what a report needs is not installed
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise InputError(f"a report needs {' and '.join(missing)}: {INSTALL}")
+    from wsss.evaluation.comparison import over_seeds
+    from wsss.report.baseline import how_to_add
+    from wsss.report.page import page, picture_of, seeds_of
+    from wsss.report.reading import read_all
+    from wsss.writing import write_whole
+
     runs = read_all(paths)
     out = Path(cfg.out).expanduser() if cfg.out else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     gallery = Gallery(runs, extra_directories())
@@ -54,10 +59,7 @@ def report(cfg: DictConfig) -> Path:
     names = ", ".join(path.resolve().name for path in paths)
     title = f"Report of {names}" if len(names) < 100 else f"Report of {len(paths)} runs"
     notes = [*gallery.notes, *notes]
-    sweep = None
-    if len(paths) == 1 and (paths[0] / RECORD).is_file():
-        show_sweep(paths[0])
-        sweep = read_sweep(paths[0])
+    if sweep is not None:
         notes += [f"Missing is {sentence}" for sentence in sweep.missing]
     text = page(title, runs, examples, gallery.about, seeds_of(runs, over_seeds), differences, notes, sweep)
     content = text.encode("utf-8", errors="replace")  # names of files may hold bytes that are no text
@@ -75,18 +77,15 @@ def report(cfg: DictConfig) -> Path:
 
 def compare(runs: Sequence["Run"]) -> tuple[list["Difference"], list[str]]:
     """Differences of later runs from the first one with counts of each image, and why there is none."""
-    from wsss.evaluation.comparison import paired_bootstrap, read_counts
+    from wsss.evaluation.comparison import NoCountsError, paired_bootstrap, read_counts
     from wsss.report.page import Difference
 
     differences, notes = [], []
     for figure in ("miou", "multiscale_miou", "crf_miou", "cam_miou"):
         counted = []
         for run in runs:
-            try:
+            with suppress(NoCountsError):
                 counted += [(run.name, read_counts(run.per_image, figure))] if run.per_image else []
-            except InputError as error:
-                if "has no counts" not in str(error):
-                    raise
         for name, counts in counted[1:]:
             try:
                 found = paired_bootstrap(counted[0][1], counts)

@@ -104,8 +104,9 @@ def check_settings(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{key} is {value!r}: expected a whole number of at least {least}")
-    if not isinstance(cfg.per_image, bool):
-        raise InputError(f"per_image is {cfg.per_image!r}: expected true or false")
+    for key in ("per_image", "gather_losses"):
+        if not isinstance(cfg[key], bool):
+            raise InputError(f"{key} is {cfg[key]!r}: expected true or false")
     if cfg.resume not in (None, "auto"):
         raise InputError(f"resume is {cfg.resume!r}: expected auto or null; hydra.run.dir names the run to go on with")
 

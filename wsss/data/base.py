@@ -228,10 +228,11 @@ class ImageSubset(Images):
         return source.truth(place, image) if isinstance(source, Images) else source[place].get("mask")
 
     def without_masks(self) -> Images:
-        source = self.source
-        return (
-            ImageSubset(source.without_masks(), self.indices) if isinstance(source, Images) else super().without_masks()
-        )
+        if not isinstance(self.source, Images):
+            return super().without_masks()
+        plain = copy(self)  # with all that a class of its own has changed
+        plain.source, plain.has_masks = self.source.without_masks(), False
+        return plain
 
     def too_small(self, side: int) -> dict[int, str]:
         found = self.source.too_small(side) if isinstance(self.source, Images) else {}

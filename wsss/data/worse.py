@@ -31,7 +31,7 @@ class Worse(ImageSubset):
     ) -> None:
         if not 0 < kept <= 1:
             raise InputError(f"worse.kept is {kept}: expected a share above 0 and up to 1")
-        if min(missing, wrong) < 0 or missing + wrong > 1:
+        if not (missing >= 0 and wrong >= 0 and missing + wrong <= 1):  # NaN, too
             raise InputError(f"worse.missing={missing} and worse.wrong={wrong}: expected shares of together at most 1")
         if seed < 0:
             raise InputError(f"worse.seed is {seed}: expected a whole number of at least 0")
@@ -46,7 +46,8 @@ class Worse(ImageSubset):
         rng = np.random.default_rng([seed, 1])
         order = rng.permutation(len(shown))
         places = rng.random(len(shown))  # one for each label, whether it is used or not
-        gone, false = round(missing * len(shown)), round(wrong * len(shown))
+        gone = round(missing * len(shown))
+        false = min(round(wrong * len(shown)), len(shown) - gone)  # both may have been rounded up
         spoilt = labels.copy()
         spoilt[tuple(shown[order[:gone]].T)] = 0
         for number in order[::-1][:false]:  # from the other end, where none are gone

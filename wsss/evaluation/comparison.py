@@ -28,6 +28,10 @@ class ImageCounts(NamedTuple):
     counts: np.ndarray
 
 
+class NoCountsError(InputError):
+    """A table of counts has none of a figure."""
+
+
 class Difference(NamedTuple):
     """Mean IoU of a second run less that of a first, and the interval that a share of the resamples falls into."""
 
@@ -40,7 +44,8 @@ def read_counts(path: Path, figure: str) -> ImageCounts:
     """The counts of a figure, `miou` or `cam_miou`, from a per_image.csv of `wsss-eval detail=true`.
 
     Raises:
-        InputError: the file is not there or something else, or has nothing of this figure.
+        NoCountsError: the file has nothing of this figure.
+        InputError: it is not there, or something else.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: wsss-eval writes it with detail=true")
@@ -57,7 +62,7 @@ def read_counts(path: Path, figure: str) -> ImageCounts:
                 rows.append((numbers.setdefault(row[0], len(numbers)), int(row[2])))
                 counts.append([int(number) for number in row[3:]])
     if not rows:
-        raise InputError(f"{path} has no counts of {figure}: give a figure that the evaluation made of masks")
+        raise NoCountsError(f"{path} has no counts of {figure}: give a figure that the evaluation made of masks")
     return ImageCounts(list(numbers), np.array(rows), np.array(counts))
 
 

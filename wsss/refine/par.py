@@ -86,9 +86,10 @@ class PAR(nn.Module):
         if image.is_cuda and image.dtype == masks.dtype == torch.float32 and TRITON:
             from wsss.refine import kernels  # triton takes a second to import
 
-            together = kernels.weigh(image, self.offsets, self.position, self.w1)
-            for _ in range(self.iterations):
-                masks = kernels.mix(masks, together, self.offsets)
+            with torch.cuda.device(image.device):  # triton launches on the current one, which may be another
+                together = kernels.weigh(image, self.offsets, self.position, self.w1)
+                for _ in range(self.iterations):
+                    masks = kernels.mix(masks, together, self.offsets)
             return masks
         weights = self.weights(image)[:, :, None].unbind(1)  # N of (B, 1, h, w), shared by the channels
         for _ in range(self.iterations):

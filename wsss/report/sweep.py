@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from wsss import InputError, printable
-from wsss.config import job_parts
-from wsss.evaluation.comparison import ImageCounts, bootstrap_pairs, paired_t, read_counts
+from wsss.config import job_parts, key_of
+from wsss.evaluation.comparison import ImageCounts, NoCountsError, bootstrap_pairs, paired_t, read_counts
 from wsss.report.reading import read_all, read_object, same_but_seed
 from wsss.report.tables import SUMMARY, cell
 from wsss.writing import write_json, write_whole
 
 RECORD = "sweep.json"
 """Of the jobs of a sweep, in its directory."""
+
+ELSEWHERE = "elsewhere.json"
+"""In the directory of a job of `wsss-label` whose `out` is another one: which."""
 
 FIGURES = (
     "val/miou",
@@ -101,7 +105,8 @@ class Sweep:
     @property
     def missing(self) -> list[str]:
         """A sentence about each job that has no figures, and each variant that cannot be compared."""
-        jobs = [f"{job.name}: {job.state}{f', {job.said}' if job.said else ''}" for job in self.jobs if _lacks(job)]
+        lacking = [job for job in self.jobs if job.state != "finished"]
+        jobs = [f"{job.name}: {job.state}{f', {job.said}' if job.said else ''}" for job in lacking]
         compared = any(job.state == "finished" and job.variant == self.baseline for job in self.jobs)
         return jobs if compared else [*jobs, f"nothing of {self.baseline}, so that there are no differences from it"]
 
@@ -119,31 +124,23 @@ class Sweep:
         return found
 
 
-def _lacks(job: Job) -> bool:
-    return job.state != "finished"
-
-
 def read_sweep(folder: Path) -> Sweep:
     """The sweep in a directory; one without a record of its jobs consists of those that have begun.
 
     Raises:
         InputError: a file is damaged.
     """
-    if (folder / RECORD).is_file():
-        record = read_object(folder / RECORD)
-        swept, listed = list(record.get("swept", [])), dict(record.get("jobs", {}))
-    else:
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    listed = dict(record.get("jobs", {}))
+    if not listed:  # without a record, or of a sweeper that says only when it has run what it will run
         runs = sorted(folder.glob("*/run.json"), key=lambda path: (len(path.parent.name), path.parent.name))
         listed = {path.parent.name: list(read_object(path).get("overrides", [])) for path in runs}
-        given = [dict(override.partition("=")[::2] for override in overrides) for overrides in listed.values()]
-        keys = dict.fromkeys(key for one in given for key in one)
-        swept = [key.lstrip("+") for key in keys if len({one.get(key) for one in given}) > 1]
-    if not listed:  # of a sweeper that says only when it has run what it will run
-        begun = sorted(path.parent.name for path in folder.glob("*/run.json"))
-        listed = {name: list(read_object(folder / name / "run.json").get("overrides", [])) for name in begun}
+    given = [{key_of(override): override for override in overrides} for overrides in listed.values()]
+    keys = dict.fromkeys(key for one in given for key in one)
+    swept = record.get("swept") or [key for key in keys if len({one.get(key) for one in given}) > 1]
     repeated = ["seed", *(["checkpoint"] if _differ_in_seed(listed.values()) else [])]
     repeated = [key for key in repeated if key in swept]
-    jobs = [_job(folder / name, overrides, swept, repeated) for name, overrides in listed.items()]
+    jobs = [_job(folder, name, overrides, swept, repeated) for name, overrides in listed.items()]
     baseline = jobs[0].variant if jobs else FIRST
     return Sweep(folder, jobs, _rows(folder, jobs, baseline), baseline)
 
@@ -163,19 +160,21 @@ def _differ_in_seed(jobs: Any) -> bool:
     return bool(runs) and all(run.settings for run in runs) and len(same_but_seed(runs)) == 1
 
 
-def _job(out: Path, overrides: Sequence[str], swept: Sequence[str], repeated: Sequence[str]) -> Job:
+def _job(folder: Path, name: str, overrides: Sequence[str], swept: Sequence[str], repeated: Sequence[str]) -> Job:
     parts = job_parts(overrides, swept)
     variant = ", ".join(part for key, part in parts.items() if key not in repeated and part) or FIRST
     repeat = ", ".join(part for key, part in parts.items() if key in repeated)
-    job = Job(out.name, parts, variant, repeat, "not run")
+    job = Job(name, parts, variant, repeat, "not run")
+    own, pointer = folder / name, folder / name / ELSEWHERE
+    out = Path(str(read_object(pointer).get("out"))) if pointer.is_file() else own
     if (out / "metrics.json").is_file():
         job.state = "finished"
         values = read_object(out / "metrics.json")
         job.figures = {key: value for key, value in values.items() if isinstance(value, int | float)}
     elif (out / "manifest.json").is_file():
         job.state = "finished"
-    elif (out / "failure.json").is_file():
-        failure = read_object(out / "failure.json")
+    elif (own / "failure.json").is_file():
+        failure = read_object(own / "failure.json")
         job.state, job.said, job.code = "failed", str(failure.get("sentence", "")), int(failure.get("code", 1))
     elif any((out / name).is_file() for name in ("run.json", "settings.json")):
         job.state, job.code = "unfinished", 1
@@ -193,13 +192,10 @@ def _rows(folder: Path, jobs: Sequence[Job], baseline: str) -> list[Row]:
     def counted(job: Job, figure: str) -> ImageCounts | None:
         """None where there are none of this figure."""
         if (job.name, figure) not in counts:
-            path = folder / job.name / "per_image.csv"
-            try:
-                counts[job.name, figure] = read_counts(path, figure.partition("/")[2]) if path.is_file() else None
-            except InputError as error:
-                if "has no counts" not in str(error):
-                    raise
-                counts[job.name, figure] = None
+            path, counts[job.name, figure] = folder / job.name / "per_image.csv", None
+            with suppress(NoCountsError):
+                if path.is_file():
+                    counts[job.name, figure] = read_counts(path, figure.partition("/")[2])
         return counts[job.name, figure]
 
     rows = []
@@ -220,10 +216,8 @@ def _rows(folder: Path, jobs: Sequence[Job], baseline: str) -> list[Row]:
             row.seeds = (by_seed[0], by_seed[1])
             detailed = [(a, b) for a, b in ((counted(x, figure), counted(y, figure)) for x, y in pairs) if a and b]
             if len(detailed) == len(pairs):
-                try:
+                with suppress(InputError):  # other images: no such interval
                     row.images = bootstrap_pairs(detailed)[1:]
-                except InputError:  # other images: no such interval
-                    continue
     return rows
 
 
@@ -234,13 +228,12 @@ def _moments(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def show_sweep(folder: Path) -> int:
+def show_sweep(sweep: Sweep) -> int:
     """Print a table of the jobs and of the variants, leave the latter in summary.csv and summary.json.
 
     Returns:
         The exit code: 0 where all jobs have ended well, else the largest of their failures.
     """
-    sweep = read_sweep(folder)
     Console().print(_table_of_jobs(sweep))
     if sweep.is_summary:
         Console().print(_table_of_variants(sweep))
