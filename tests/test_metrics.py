@@ -383,3 +383,11 @@ def test_table_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert any("val/iou/a" in line and "0.2000" in line for line in lines)
     assert not any("multiscale_" in line or "crf_" in line for line in lines)
     assert re.search(r"\+ CRF: .*CRF iterations 3", " ".join(" ".join(lines).split()))
+
+
+@pytest.mark.parametrize("key", ["image_labels", "segmentation_labels"])
+def test_true_as_a_command_line_reads_it(key: str) -> None:
+    arguments: list[dict[str, Any]] = [{key: value} for value in (True, "true", False)]
+    assert Protocol(**arguments[0]) == Protocol(**arguments[1])
+    with pytest.raises(InputError, match=f"protocol.{key} is False"):
+        Protocol(**arguments[2])

@@ -433,3 +433,8 @@ def test_true_labels_and_a_cache_of_its_own(command: Command, runs: dict[str, Pa
     masks = [{path.name: path.read_bytes() for path in (tmp_path / name / "masks").glob("*.png")} for name in "ab"]
     assert len(masks[0]) == 6
     assert masks[0] == masks[1]
+
+
+def test_background_without_words() -> None:
+    with pytest.raises(InputError, match=r"method\.background is empty"):
+        build(CLIPES, background=[])

@@ -59,13 +59,16 @@ class Protocol:
     window: int | None = None
     stride: int | None = None
     crf: Mapping[str, Any] | None = None
-    image_labels: str = "true"
-    segmentation_labels: str = "none"
+    image_labels: str | bool = "true"
+    segmentation_labels: str | bool = "none"
     threshold: str = "fixed"
     area_prior: float | None = None
     extras: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image_labels", "segmentation_labels"):
+            if getattr(self, name) is True:  # as YAML and a command line read the word
+                object.__setattr__(self, name, "true")
         for name, known in (
             ("image_labels", ("true", "predicted")),
             ("segmentation_labels", ("none", "true")),
@@ -139,7 +142,7 @@ class Protocol:
         if self.max_side is not None:
             size += f", reduced to {self.max_side}" if self.size is None else f" from at most {self.max_side}"
         alone = replace(on, size=size)
-        cam = replace(alone, scales=tuple(cam_scales), flip="always", labels_at_test=self.image_labels)
+        cam = replace(alone, scales=tuple(cam_scales), flip="always", labels_at_test=str(self.image_labels))
         values = {"fixed": background_threshold, "area_prior": self.area_prior}
         known = ("fixed", "otsu", "area_prior", "best", "first_drop", "every")
         said = {rule: replace(cam, threshold_rule=rule, threshold=values.get(rule)) for rule in known}
@@ -151,7 +154,9 @@ class Protocol:
             fusion = step.fusion if step.softmax == "after" else f"{step.fusion} of probabilities"
             fused = replace(alone, fusion=None if tuple(step.scales) == (1.0,) else fusion, flip=step.flip)
             fused = replace(fused, windows=(step.window, step.stride) if step.window and step.stride else None)
-            fused = replace(fused, scales=tuple(step.scales), crf=step.crf, labels_at_test=self.segmentation_labels)
+            fused = replace(
+                fused, scales=tuple(step.scales), crf=step.crf, labels_at_test=str(self.segmentation_labels)
+            )
             notes |= _of_masks(word, fused)
         for name in cam_names:
             notes |= _of_masks(f"{name}_", said["fixed"])

@@ -99,6 +99,8 @@ class CLIPMaps(WSSSModule):
 
     def build_text(self, text: str | None, background: Sequence[str] | None) -> None:
         """The embeddings of the classes, `text` (C, E), and of what is behind them, `background_text` (M, E)."""
+        if background is not None and len(background) == 0:
+            raise InputError("method.background is empty: expected words for what is behind the classes, or null")
         if text is None:
             names = list(background or ["background"])
             drawn = torch.randn(

@@ -77,7 +77,9 @@ def variant_charts(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> I
         y = alt.Y("variant:N", sort=list(variants), title=None, axis=alt.Axis(labelLimit=220))
         scale = alt.Scale(zero=False)
         plain: Any = alt.Chart(alt.Data(values=means))
-        bar = plain.mark_rule(size=2).encode(x=alt.X("low:Q", title=figure, scale=scale), x2="high:Q", y=y)
+        bar = plain.mark_rule(size=2).encode(
+            x=alt.X("low:Q", title=figure, scale=scale, axis=alt.Axis(tickCount=5)), x2="high:Q", y=y
+        )
         upright = plain.mark_tick(thickness=3, size=16).encode(x=alt.X("mean:Q", scale=scale), y=y)
         tips = ["variant:N", "job:N", alt.Tooltip("value:Q", format=".4f")]
         dots: Any = alt.Chart(alt.Data(values=points)).mark_point(filled=True, size=45, opacity=0.6)
