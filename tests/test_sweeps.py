@@ -415,3 +415,10 @@ def test_launchers(launcher: str, swept: Path, tmp_path: Path) -> None:
     assert all("local_crop_size is 200" in job.said for job in sweep.jobs if job.state == "failed")
     for name, same in (("seed=1", "local_crop_size=8"), ("ptc=null,seed=1", "ptc=null,local_crop_size=8")):
         assert figures(swept / name) == figures(tmp_path / "sweep" / same)
+
+
+def test_directories_of_ones_own(command: Command) -> None:
+    ended = command("train", "-m", *OVERRIDES, "seed=1,2", "hydra.sweep.subdir=${hydra:job.num}")
+    assert ended.code == 2
+    assert "hydra.sweep.subdir=${hydra:job.num}: a sweep's table finds its jobs by the directories" in ended.err
+    assert not Path("multirun").exists()

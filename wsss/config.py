@@ -308,8 +308,15 @@ class SweepTable(Callback):
 
         Everything that starts jobs is given this config later, so what is added to it here reaches them.
         """
+        given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+        for override in given:
+            if override.startswith("hydra.sweep.subdir="):
+                raise InputError(
+                    f"{override}: a sweep's table finds its jobs by the directories that it names; leave this out, or "
+                    "the table by ~hydra.callbacks.table"
+                )
         swept, jobs = _jobs(config)
-        named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
+        named = any(override.startswith("hydra.sweep.dir=") for override in given)
         begin = hydra.utils.get_object("wsss.runs.begin_sweep")
         search = config.get("resume") == "auto" and not named
         folder = begin(Path(config.hydra.sweep.dir), swept, jobs, search)
