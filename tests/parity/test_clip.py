@@ -43,7 +43,7 @@ WECLIP_CRF = {"gaussian": (3.0, 3.0), "bilateral": (64.0, 5.0, 4.0)}
 
 EXCEPTED = (
     # files, arrays, why they are left alone
-    ("clip/weclip_weights", "embedding_dim num_classes_with_background decoder_heads decoder_blocks", "input"),
+    ("clip/weclip_weights", "sd/* embedding_dim num_classes_with_background decoder_heads decoder_blocks", "input"),
     ("clip/weclip_forward", "images_u8 labels train_mode/keep_channels", "input"),
     ("clip/weclip_crafted", "image_u8 classes */P */maps peaky*/A", "input"),
     ("clip/weclip_losses", "radius Y ignore/Y grad_names", "input"),
