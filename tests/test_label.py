@@ -163,15 +163,15 @@ def test_two_at_once_as_torchrun_starts_them(command: Command, given: list[str],
 def test_an_interrupted_one_goes_on(
     command: Command, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = MaskFolder.write
+    original = MaskFolder.encode
 
-    def fail(folder: MaskFolder, name: str, *arguments: Any) -> None:
+    def fail(folder: MaskFolder, name: str, *arguments: Any) -> dict[str, bytes]:
         if name == "train-000004":
             raise OSError(28, "No space left on device", str(folder.masks))
-        original(folder, name, *arguments)
+        return original(folder, name, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MaskFolder, "write", fail)
+        patch.setattr(MaskFolder, "encode", fail)
         ended = command("label", *given, f"out={tmp_path / 'out'}")
     assert (ended.code, "make room, then run again" in ended.err) == (1, True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
@@ -356,7 +356,7 @@ def test_an_image_that_cannot_be_used(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     (root / "JPEGImages" / f"{names[0]}.jpg").write_bytes((root / "JPEGImages" / f"{names[1]}.jpg").read_bytes())
-    monkeypatch.setattr("wsss.commands.label.make_one", full)
+    monkeypatch.setattr("wsss.commands.label.mask_of", full)
     ended = command("label", *arguments, f"out={tmp_path / 'out'}")
     refused(ended, f"{names[0]}: there is not enough memory for its 40x40 pixels")
     monkeypatch.undo()

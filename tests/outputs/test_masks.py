@@ -18,8 +18,8 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     folder = MaskFolder(tmp_path / "a" / "out")
     mask = np.array([[0, 1], [2, 255]], np.uint8)
     cams = {2: np.full((2, 2), 0.25, np.float32)}
-    folder.write("sub/x", mask, np.full((2, 2, 3), 100, np.uint8), cams)
-    folder.write("y", mask)
+    folder.store.add(folder.encode("sub/x", mask, np.full((2, 2, 3), 100, np.uint8), cams))
+    folder.store.add(folder.encode("y", mask))
     picture = Image.open(folder.masks / "sub/x.png")
     assert picture.mode == "P"
     assert np.array_equal(np.asarray(picture), mask)
@@ -28,7 +28,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert (arrays["cam"].dtype, arrays["cam"].shape, arrays["ids"].tolist()) == (np.float16, (1, 2, 2), [2])
     found = sorted(path.relative_to(tmp_path / "a/out").as_posix() for path in tmp_path.rglob("*.*"))
     assert found == ["cams/sub/x.npz", "masks/sub/x.png", "masks/y.png", "overlays/sub/x.jpg"]
-    folder.write("y", mask[:1], cams={})
+    folder.store.add(folder.encode("y", mask[:1], cams={}))
     assert np.load(folder.cams / "y.npz")["cam"].shape == (0, 1, 2)
 
 
@@ -42,12 +42,13 @@ def test_an_overlay_has_the_size_of_its_image(tmp_path: Path) -> None:
     folder = MaskFolder(tmp_path)
     mask = np.zeros((40, 60), np.uint8)
     mask[:, 30:] = 1
-    folder.write("small", mask, np.zeros((4, 6, 3), np.uint8))
+    folder.store.add(folder.encode("small", mask, np.zeros((4, 6, 3), np.uint8)))
     overlay = np.asarray(Image.open(folder.overlays / "small.jpg")).astype(int)
     assert overlay.shape == (4, 6, 3)
     assert (overlay[:, 4:, 0] > 30).all()
     assert (overlay[:, :2, 0] < 30).all()
-    folder.write("long", np.ones((1, 70_000), np.uint8), np.zeros((1, 70_000, 3), np.uint8))  # more than JPEG can hold
+    wide = np.ones((1, 70_000), np.uint8)  # more than JPEG can hold
+    folder.store.add(folder.encode("long", wide, np.zeros((1, 70_000, 3), np.uint8)))
     assert Image.open(folder.overlays / "long.png").size == (70_000, 1)
     assert Image.open(folder.masks / "long.png").size == (70_000, 1)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from wsss.methods.stage import Stage
     from wsss.outputs.labels import InstanceMap, LabelFolder
     from wsss.refine.pseudo import Refined
+
+    Opened = tuple[int, tuple[Any, Tensor | None]]  # the number of an image, and what `open_items` gives
+    Seen = tuple[Tensor | None, np.ndarray | None]  # its maps, and its true mask
 
 
 def label(cfg: DictConfig) -> int:
@@ -72,12 +76,16 @@ def label(cfg: DictConfig) -> int:
             write_skipped(folder.out, skipped)
         pending = [index for index in range(rank, len(ids), world) if not folder.has(ids[index])]
         source = with_known_features(cfg, method, images, pending)
+        began = time.perf_counter()
         try:
             failed = make(source, pending, folder, method, refine, cfg.num_workers, cfg.precision)
         finally:
             folder.store.close()
+        seconds = time.perf_counter() - began
         of = f", share {rank} of {world}" if world > 1 else ""
-        print(f"{len(pending) - len(failed)} masks made{of} -> {folder.files.made}")
+        made = len(pending) - len(failed)
+        rate = f", {made / seconds:.1f} images/s" if made else ""
+        print(f"{made} masks made{of}{rate} -> {folder.files.made}")
         if failed:
             raise InputError(
                 f"{len(failed)} images could not be used and have no mask, so that there is no manifest: "
@@ -248,61 +256,80 @@ def make(
     from wsss.data.pixels import Normalise
     from wsss.evaluation.pseudo import count_cam
     from wsss.report.tables import progress
+    from wsss.threads import overlapped
 
     for network in (method, *refine.args):
         network.to(local_device())
     method.eval()
-    loader = open_items(images, pending, Normalise(method.mean, method.std), num_workers)
     ids, failed = list(images.ids), []
-    for index, (item, photo) in zip(pending, progress(loader, len(pending), "labelling"), strict=True):
-        name = ids[index]
+
+    def look(opened: "Opened") -> "Seen":
+        index, (item, photo) = opened
         if photo is None:
-            failed.append(item)
-            continue
+            raise InputError(item)  # why it cannot be used
+        cam = see(method, item, photo, precision)
         try:
-            mask, cams, scores, instances = make_one(method, refine, item, photo, precision)
+            truth = images.truth(index, item["image"])
+        except InputError:  # `measure` tells of it: masks are made all the same
+            truth = None
+        return cam, truth
+
+    def finish(opened: "Opened", seen: "Seen") -> dict[str, bytes]:
+        index, (item, _) = opened
+        cam, truth = seen
+        mask, cams, scores, instances = mask_of(method, refine, item, cam)
+        counts = None if truth is None else count_cam(cams, truth, method.background_threshold)
+        return folder.encode(ids[index], mask, item["image"], cams, scores, instances, counts)
+
+    opened = zip(pending, open_items(images, pending, Normalise(method.mean, method.std), num_workers), strict=True)
+    for (index, (item, photo)), ended in progress(overlapped(opened, look, finish), len(pending), "labelling"):
+        try:
+            folder.store.add(ended.result())
         except InputError as error:  # too small for the network, say
-            failed.append(f"{name}: {error}")
+            failed.append(item if photo is None else f"{ids[index]}: {error}")
         except (MemoryError, RuntimeError) as error:
             if explain_failure(error, folder.out) is None:
                 raise
             height, width = photo.shape[1:]
-            failed.append(f"{name}: there is not enough memory for its {width}x{height} pixels")
-        else:
-            try:
-                truth = images.truth(index, mask)
-            except InputError:  # `measure` tells of it: masks are made all the same
-                truth = None
-            counts = None if truth is None else count_cam(cams, truth, method.background_threshold)
-            folder.write(name, mask, item["image"], cams, scores, instances, counts)
+            failed.append(f"{ids[index]}: there is not enough memory for its {width}x{height} pixels")
     return failed
 
 
-def make_one(
-    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor", precision: str
+def see(method: "WSSSModule", item: Mapping[str, Any], photo: "Tensor", precision: str) -> "Tensor | None":
+    """The maps (1, n, h, w) of the n classes of an item, whose image is also given normalised; None without a class."""
+    import torch
+
+    from wsss.assemble import in_precision
+    from wsss.cam import widened
+
+    label = torch.from_numpy(item["label"])
+    if not label.any():
+        return None
+    batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
+    if "features" in item:
+        batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
+    with in_precision(precision, method.device):
+        return widened(method.infer_batch(batch)["cam"])[:, label.nonzero()[:, 0].to(method.device)]
+
+
+def mask_of(
+    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], cam: "Tensor | None"
 ) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"], "InstanceMap"]:
-    """Mask, maps by id, scores and instances of an item, whose image also comes normalised (3, H, W).
+    """Mask, maps by id, scores and instances of an item, from what `see` gives.
 
     A larger image is refined at the protocol's `max_side`, which bounds time and memory as it does with the maps.
     """
     import numpy as np
     import torch
 
-    from wsss.assemble import in_precision
-    from wsss.cam import reduce, resize, resize_ids, widened
+    from wsss.cam import reduce, resize, resize_ids
     from wsss.outputs.labels import InstanceMap
 
-    image, label = item["image"], torch.from_numpy(item["label"])
-    shown = np.flatnonzero(item["label"])
+    image, shown = item["image"], np.flatnonzero(item["label"])
     size = image.shape[:2]
-    if len(shown) == 0:
+    if cam is None:
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
         return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
-    batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
-    if "features" in item:
-        batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
-    with in_precision(precision, method.device):
-        cam = widened(method.infer_batch(batch)["cam"])[:, torch.from_numpy(shown).to(method.device)]
     colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
     refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)

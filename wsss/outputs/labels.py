@@ -108,7 +108,7 @@ class LabelFolder:
     def _names(self, kind: str, name: str) -> list[str]:
         return [f"{kind}/{name}{suffix}" for suffix in SUFFIXES[kind]]
 
-    def write(
+    def encode(
         self,
         name: str,
         mask: np.ndarray,
@@ -117,8 +117,8 @@ class LabelFolder:
         scores: Sequence[np.ndarray] = (),
         instances: InstanceMap | None = None,
         counts: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
-        """The files of an image, of the kinds that were asked for.
+    ) -> dict[str, bytes]:
+        """The files of an image, of the kinds that were asked for, by their relative paths, the mask last.
 
         Args:
             name: of the image.
@@ -145,7 +145,7 @@ class LabelFolder:
             low, high = (np.asarray(score, np.float16) for score in scores)
             files[f"scores/{name}.npz"] = packed(low=low, high=high, ids=np.array(list(cams), np.int64))
         shown = image if "overlays" in self.kinds else None
-        self.files.write(name, mask, shown, cams if "cams" in self.kinds else None, files)
+        return self.files.encode(name, mask, shown, cams if "cams" in self.kinds else None, files)
 
     def counted(self, names: Iterable[str]) -> list[str]:
         """Names of the images that have counts."""

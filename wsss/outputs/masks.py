@@ -83,15 +83,16 @@ class MaskFolder:
         """Whether the mask of an image is there, and all that was asked for with it."""
         return self.store.has(f"masks/{name}.png")
 
-    def write(
+    def encode(
         self,
         name: str,
         mask: np.ndarray,
         image: np.ndarray | None = None,
         cams: Mapping[int, np.ndarray] | None = None,
         more: Mapping[str, bytes] | None = None,
-    ) -> None:
-        """
+    ) -> dict[str, bytes]:
+        """The files of an image by their relative paths, the mask last: where it is, all is.
+
         Args:
             name: of the image.
             mask: ids, uint8 (H, W).
@@ -109,7 +110,7 @@ class MaskFolder:
         if cams is not None:
             maps = np.array(list(cams.values()) or np.empty((0, *mask.shape)), np.float16)
             files[f"cams/{name}.npz"] = packed(cam=maps, ids=np.array(list(cams), np.int64))
-        self.store.add(files | {f"masks/{name}.png": mask_png(mask)})  # the last: where it is, all is
+        return files | {f"masks/{name}.png": mask_png(mask)}
 
     def write_classes(self, classes: Sequence[str]) -> None:
         """masks/class_names.txt, a line for each class: whoever reads a mask finds them beside it."""
