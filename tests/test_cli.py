@@ -228,19 +228,19 @@ def test_no_image_ends_a_prediction(
     sizes = {"line.png": (65535, 1), "strip.png": (65535, 33), "wanting.png": (41, 40), "torn.png": (42, 40)}
     for name in ("a.jpg", "a.jpg.bmp", "a.png/b.jpg", f"{long}.jpg", f"{long}.bmp", *sizes):
         Image.new("RGB", sizes.get(name, (60, 40))).save(images / name)
-    look, encode = Predictor.look, MaskFolder.encode
+    predict, encode = Predictor.predict_reduced, MaskFolder.encode
 
-    def look_without_memory(self: Predictor, image: np.ndarray, *rest: Any) -> Any:
+    def predict_without_memory(self: Predictor, image: np.ndarray, *rest: Any) -> Any:
         if image.shape[1] == 41:
             raise MemoryError
-        return look(self, image, *rest)
+        return predict(self, image, *rest)
 
     def encode_torn(self: MaskFolder, name: str, *rest: Any) -> dict[str, bytes]:
         if name == "torn":
             raise OSError(fault, os.strerror(fault), name)
         return encode(self, name, *rest)
 
-    monkeypatch.setattr(Predictor, "look", look_without_memory)
+    monkeypatch.setattr(Predictor, "predict_reduced", predict_without_memory)
     monkeypatch.setattr(MaskFolder, "encode", encode_torn)
     fault = errno.EINVAL
     arguments = [f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}", f"images={images}", f"out={out}"]

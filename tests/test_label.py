@@ -356,7 +356,7 @@ def test_an_image_that_cannot_be_used(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     (root / "JPEGImages" / f"{names[0]}.jpg").write_bytes((root / "JPEGImages" / f"{names[1]}.jpg").read_bytes())
-    monkeypatch.setattr("wsss.commands.label.mask_of", full)
+    monkeypatch.setattr("wsss.commands.label.make_one", full)
     ended = command("label", *arguments, f"out={tmp_path / 'out'}")
     refused(ended, f"{names[0]}: there is not enough memory for its 40x40 pixels")
     monkeypatch.undo()

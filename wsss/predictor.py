@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from wsss import InputError
 from wsss.cam import resize, resize_ids, widened
@@ -35,22 +34,6 @@ class Prediction:
     mask: np.ndarray
     scores: dict[str, float]
     cams: dict[str, np.ndarray] | None = None
-
-
-class Seen(NamedTuple):
-    """What a network says of one photograph.
-
-    Attributes:
-        image: (1, 3, h, w), normalised.
-        output: of `infer`.
-        scores: (1, 1 + C, h, w) of the segmentation under the protocol, before its CRF; None without one.
-        with_cams: whether class activation maps were asked for.
-    """
-
-    image: Tensor
-    output: dict[str, Tensor]
-    scores: Tensor | None
-    with_cams: bool
 
 
 class Predictor:
@@ -112,30 +95,18 @@ class Predictor:
         image = _to_array(images)
         return self.predict_reduced(reduced(image, self.max_side), image.shape[:2], cams)
 
+    @torch.no_grad()
     def predict_reduced(self, photo: np.ndarray, size: Sequence[int], cams: bool = False) -> Prediction:
         """`predict` of one photograph of a size (H, W) that is `reduced` to `max_side` already."""
-        return self.finish(self.look(photo, cams), size)
-
-    @torch.no_grad()
-    def look(self, photo: np.ndarray, cams: bool = False) -> Seen:
-        """The first half of `predict_reduced`: all passes through the network."""
         if cams:
             self.require_cams()
         image, work = self.normalise(photo)[None].to(self.method.device), photo.shape[:2]
-        output, scores = self.method.infer(image, cams=cams), None
-        if output["seg"] is not None:
-            scores = self.method.fused_scores(image, work, output["seg"], self.method.protocol)
-        return Seen(image, output, scores, cams)
-
-    @torch.no_grad()
-    def finish(self, seen: Seen, size: Sequence[int]) -> Prediction:
-        """The second half, which takes no network: CRF, mask and maps of a photograph of a size (H, W)."""
-        output, work = seen.output, seen.image.shape[-2:]
+        output = self.method.infer(image, cams=cams)
         if "logits" in output:
             probability = widened(output["logits"]).sigmoid()  # (1, C)
             present = probability > self.class_threshold
-        if seen.scores is not None:
-            ids = self.method.refined_scores(seen.image, seen.scores, self.method.protocol).argmax(1)
+        if output["seg"] is not None:
+            ids = self.method.segment(image, work, output["seg"]).argmax(1)
         else:
             ids = cam_to_label(resize(widened(output["cam"]), work), present.float(), self.method.background_threshold)
         shown = torch.bincount(ids.flatten(), minlength=1 + len(self.classes))[None, 1:] > 0
@@ -144,7 +115,7 @@ class Predictor:
         mask = resize_ids(ids[0].to(torch.uint8).cpu(), size).numpy()
         found = (present | shown)[0].nonzero()[:, 0].tolist()
         maps: dict[str, np.ndarray] | None = None
-        if seen.with_cams:
+        if cams:
             resized = resize(output["cam"][:, found], work)[0] if found else output["cam"][0, :0]
             maps = dict(zip((self.classes[c] for c in found), resized.float().cpu().numpy(), strict=True))
         return Prediction(mask, {self.classes[c]: probability[0, c].item() for c in found}, maps)

@@ -26,11 +26,12 @@ from wsss.writing import write_mask
 CLASSES = 20
 RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from wsss.commands.{} import main; main()"
 TOCO = ("method=toco", "method.backbone=vit_tiny_patch16_224", "method.projector={hidden: 16, bottleneck: 8, out: 16}")
-CAM = ("method=cam", "method.backbone=efficientnet_lite0", "method.backbone_args.output_stride=16")
+CAM = ("method=cam", "method.backbone=efficientnet_lite0", "method.cam_scales=[1.0]")
 CASES = {  # method, command, its settings
     "label": (CAM, "label", ("cams=true", "overlay=true")),
-    "label crf": (CAM, "label", ("refine=crf", "cams=true", "overlay=true")),
+    "label crf": (CAM, "label", ("refine=crf",)),
     "label par": (CAM, "label", ("refine=par",)),
+    "label scales": (CAM, "label", ("refine=crf", "method.cam_scales=[1.0,0.5,1.5,2.0]")),
     "predict": (TOCO, "predict", ()),
     "predict crf": (TOCO, "predict", ("protocol.crf={iterations: 10}",)),
     "eval": (TOCO, "evaluate", ("protocol=single_scale",)),

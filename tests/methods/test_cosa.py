@@ -244,10 +244,10 @@ def test_true_labels_rule_out_classes_where_the_protocol_says_so() -> None:
     label = torch.tensor([[0.0, 1, 0], [0, 0, 0]])
     method.protocol = Protocol(size=32, scales=(1.0, 0.5), flip="sum", fusion="sum")
     seg = method.infer(image, cams=False)["seg"]
-    (free,) = method.refined_steps(image, method.fused_steps(image, (40, 36), seg, label)).values()
+    (free,) = method.segment_steps(image, (40, 36), seg, label).values()
     torch.testing.assert_close(free, method.segment(image, (40, 36), seg))
     method.protocol = Protocol(size=32, scales=(1.0, 0.5), flip="sum", fusion="sum", segmentation_labels="true")
-    (cut,) = method.refined_steps(image, method.fused_steps(image, (40, 36), seg, label)).values()
+    (cut,) = method.segment_steps(image, (40, 36), seg, label).values()
     assert torch.equal(cut[0, [0, 2]], free[0, [0, 2]])
     assert set(cut[0].argmax(0).unique().tolist()) <= {0, 2}
     assert (cut[1].argmax(0) == 0).all()

@@ -70,7 +70,7 @@ def test_trained_written_and_restored(data: DataModule, tmp_path: Path) -> None:
     assert torch.equal(stage.segment(image, (8, 8), seg), seg.softmax(1))
     # several steps of one pass are those of each protocol
     stage.protocol = Protocol(extras={"scales": [1.0, 0.5], "flip": "sum", "crf": {"iterations": 2}})
-    steps = stage.refined_steps(image, stage.fused_steps(image, (8, 8), seg, torch.ones(len(image), 2)))
+    steps = stage.segment_steps(image, (8, 8), seg, torch.ones(len(image), 2))
     for name, protocol in stage.protocol.steps().items():
         stage.protocol = protocol
         assert torch.equal(stage.segment(image, (8, 8), seg), steps[name])

@@ -572,7 +572,7 @@ def test_weclip_inference(recordings: Any, match: Any, weclip: WeCLIP, tower_fil
     seg = method.infer(image, cams=False)["seg"]
     match(file, "segs", seg, atol=5e-5)
     scores = method.segment(image, size, seg)
-    fused = method.fused_scores(image, seg.shape[-2:], seg, method.protocol)
+    fused = method._fuse(image, seg.shape[-2:], seg, method.protocol)
     match(file, "msc_segs", fused, atol=5e-5)
     match(file, "pred_msc", scores.argmax(1)[0], share=1e-3)
     match(file, "pred_single", resize(seg, size).argmax(1)[0], share=1e-3)

@@ -410,8 +410,7 @@ def test_evaluation(recordings: Any, match: Any, method: CoSA, monkeypatch: pyte
     scores: dict[str, dict[str, Tensor]] = {}
     for labels in ("none", "true"):
         monkeypatch.setattr(method, "protocol", Protocol(**settings | {"segmentation_labels": labels}))
-        fused = method.fused_steps(image, size, method.infer(image)["seg"], label)
-        scores[labels] = method.refined_steps(image, fused)
+        scores[labels] = method.segment_steps(image, size, method.infer(image)["seg"], label)
     match(INFERENCE, "seg_ps", scores["none"][""][0].argmax(0), share=1e-3)
     match(INFERENCE, "seg_vd", scores["true"][""][0].argmax(0), share=1e-3)
     probability = scores["true"][""].softmax(1)

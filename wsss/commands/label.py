@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from wsss.outputs.labels import InstanceMap, LabelFolder
     from wsss.refine.pseudo import Refined
 
-    Opened = tuple[int, tuple[Any, Tensor | None]]  # the number of an image, and what `open_items` gives
-    Seen = tuple[Tensor | None, np.ndarray | None]  # its maps, and its true mask
+    Made = tuple[np.ndarray, dict[int, np.ndarray], list[np.ndarray], InstanceMap]
+    """Of one image: mask, maps by id, scores and instances."""
+    Opened = tuple[int, tuple[Any, Tensor | None]]
+    """The number of an image, and what `open_items` gives."""
+    Seen = tuple[Made, np.ndarray | None]
+    """What was made of it, and its true mask."""
 
 
 def label(cfg: DictConfig) -> int:
@@ -263,26 +267,25 @@ def make(
     method.eval()
     ids, failed = list(images.ids), []
 
-    def look(opened: "Opened") -> "Seen":
+    def see(opened: "Opened") -> "Seen":
         index, (item, photo) = opened
         if photo is None:
             raise InputError(item)  # why it cannot be used
-        cam = see(method, item, photo, precision)
+        made = make_one(method, refine, item, photo, precision)
         try:
-            truth = images.truth(index, item["image"])
+            truth = images.truth(index, made[0])
         except InputError:  # `measure` tells of it: masks are made all the same
             truth = None
-        return cam, truth
+        return made, truth
 
     def finish(opened: "Opened", seen: "Seen") -> dict[str, bytes]:
         index, (item, _) = opened
-        cam, truth = seen
-        mask, cams, scores, instances = mask_of(method, refine, item, cam)
+        (mask, cams, scores, instances), truth = seen
         counts = None if truth is None else count_cam(cams, truth, method.background_threshold)
         return folder.encode(ids[index], mask, item["image"], cams, scores, instances, counts)
 
     opened = zip(pending, open_items(images, pending, Normalise(method.mean, method.std), num_workers), strict=True)
-    for (index, (item, photo)), ended in progress(overlapped(opened, look, finish), len(pending), "labelling"):
+    for (index, (item, photo)), ended in progress(overlapped(opened, see, finish), len(pending), "labelling"):
         try:
             folder.store.add(ended.result())
         except InputError as error:  # too small for the network, say
@@ -295,41 +298,31 @@ def make(
     return failed
 
 
-def see(method: "WSSSModule", item: Mapping[str, Any], photo: "Tensor", precision: str) -> "Tensor | None":
-    """The maps (1, n, h, w) of the n classes of an item, whose image is also given normalised; None without a class."""
-    import torch
-
-    from wsss.assemble import in_precision
-    from wsss.cam import widened
-
-    label = torch.from_numpy(item["label"])
-    if not label.any():
-        return None
-    batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
-    if "features" in item:
-        batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
-    with in_precision(precision, method.device):
-        return widened(method.infer_batch(batch)["cam"])[:, label.nonzero()[:, 0].to(method.device)]
-
-
-def mask_of(
-    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], cam: "Tensor | None"
-) -> tuple["np.ndarray", dict[int, "np.ndarray"], list["np.ndarray"], "InstanceMap"]:
-    """Mask, maps by id, scores and instances of an item, from what `see` gives.
+def make_one(
+    method: "WSSSModule", refine: "partial[Refined]", item: Mapping[str, Any], photo: "Tensor", precision: str
+) -> "Made":
+    """Mask, maps by id, scores and instances of an item, whose image also comes normalised (3, H, W).
 
     A larger image is refined at the protocol's `max_side`, which bounds time and memory as it does with the maps.
     """
     import numpy as np
     import torch
 
-    from wsss.cam import reduce, resize, resize_ids
+    from wsss.assemble import in_precision
+    from wsss.cam import reduce, resize, resize_ids, widened
     from wsss.outputs.labels import InstanceMap
 
-    image, shown = item["image"], np.flatnonzero(item["label"])
+    image, label = item["image"], torch.from_numpy(item["label"])
+    shown = np.flatnonzero(item["label"])
     size = image.shape[:2]
-    if cam is None:
+    if len(shown) == 0:
         mask = np.full(size, 0 if method.has_background else 255, np.uint8)
         return mask, {}, [np.ones((1, *size), np.float32)] * 2, InstanceMap(np.zeros(size, np.uint16), [], [])
+    batch = {key: value[None].to(method.device) for key, value in (("image", photo), ("label", label))}
+    if "features" in item:
+        batch["features"] = torch.from_numpy(item["features"])[None].to(method.device)
+    with in_precision(precision, method.device):
+        cam = widened(method.infer_batch(batch)["cam"])[:, torch.from_numpy(shown).to(method.device)]
     colours = reduce(torch.from_numpy(image).permute(2, 0, 1)[None], method.protocol.max_side).to(method.device).float()
     refined = refine(colours[0], resize(cam, colours.shape[-2:])[0].float())
     ids = np.arange(256, dtype=np.uint8)

@@ -85,7 +85,7 @@ def make(
 
     from wsss.assemble import in_precision
     from wsss.data.photographs import Photographs
-    from wsss.predictor import Seen
+    from wsss.predictor import Prediction
     from wsss.report.tables import progress
     from wsss.threads import overlapped
 
@@ -98,24 +98,23 @@ def make(
     )
     device, ids = predictor.method.device, {name: c + 1 for c, name in enumerate(predictor.classes)}
 
-    def look(photograph: Photograph) -> Seen:
+    def see(photograph: Photograph) -> Prediction:
         _, (image, size) = photograph
         if size is None:
             raise InputError(image)  # why it could not be read
         with in_precision(cfg.precision, device):
-            return predictor.look(image, cfg.cam)
+            return predictor.predict_reduced(image, size, cfg.cam)
 
-    def finish(photograph: Photograph, seen: Seen) -> tuple[dict[str, bytes], list[str]]:
-        name, (image, size) = photograph
-        result = predictor.finish(seen, size)
-        cams = None if result.cams is None else {ids[label]: cam for label, cam in result.cams.items()}
-        files = folder.encode(name, result.mask, image if cfg.overlay else None, cams)
-        return files, [predictor.classes[c - 1] for c in np.unique(result.mask) if c > 0]
+    def finish(photograph: Photograph, seen: Prediction) -> tuple[dict[str, bytes], list[str]]:
+        name, (image, _) = photograph
+        cams = None if seen.cams is None else {ids[label]: cam for label, cam in seen.cams.items()}
+        files = folder.encode(name, seen.mask, image if cfg.overlay else None, cams)
+        return files, [predictor.classes[c - 1] for c in np.unique(seen.mask) if c > 0]
 
     found: Counter[str] = Counter()
     failed: list[str] = []
     photographs = zip(names.values(), loader, strict=True)
-    for (name, (image, size)), ended in progress(overlapped(photographs, look, finish), len(names), "predicting"):
+    for (name, (image, size)), ended in progress(overlapped(photographs, see, finish), len(names), "predicting"):
         try:
             files, shown = ended.result()
             folder.store.add(files)

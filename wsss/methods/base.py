@@ -1,4 +1,4 @@
-"""What the methods that localise classes by activation maps share beside `Evaluated`. No training logic."""
+"""What the methods that localise classes by activation maps share beside `Stage`. No training logic."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from wsss.cam import (
 )
 from wsss.evaluation.metrics import evaluation
 from wsss.evaluation.protocol import Measured, check_scales
-from wsss.methods.evaluated import Evaluated, Inferred, Row
+from wsss.methods.stage import Stage
 from wsss.refine.thresholds import cam_to_label
 
 
@@ -33,7 +33,7 @@ class OfficialCheckpoint(NamedTuple):
     asks: tuple[str, ...] = ()  # those of `start_arguments` that it does not answer, so that the command gives them
 
 
-class WSSSModule(Evaluated):
+class WSSSModule(Stage):
     """Base of the methods.
 
     A method gives `forward(image) -> {"logits": (B, C), "seg": (B, 1 + C, h, w) or None, <cam name>: (B, C, h, w)}`,
@@ -128,14 +128,21 @@ class WSSSModule(Evaluated):
         notes = self.protocol.describe(on, self.cam_scales, self.background_threshold, self.cam_names)
         return {f"val/{key}": note for key, note in notes.items()}
 
-    def count(self, batch: dict[str, Any], inferred: Inferred) -> list[Row]:
-        output, label = inferred.output, batch["label"]
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        with self.watching_tokens():
+            output = self.infer_batch(batch)
+        label = batch["label"]
         for key in ("map", "image_map", "f1"):
             self.metrics[key].update(output["logits"], label)
         if "mask" not in batch:
-            return []
-        rows, mask = self.count_segmentations(batch, inferred.scores), batch["mask"]
+            return {"counts": []}
+        counts, mask = [], batch["mask"]
         size = reduced_size(mask.shape[-2:], self.protocol.max_side)
+        if output["seg"] is not None:
+            for word, scores in self.segment_steps(batch["image"], size, output["seg"], label).items():
+                ids = resize_ids(scores.argmax(1), mask.shape[-2:])
+                self.metrics[f"{word}miou"].update(ids, mask)
+                counts += self.compare(ids, batch, word)
         kept = label if self.protocol.image_labels == "true" else (output["logits"] > 0).to(label)
         # of a thousand classes only those of these images are enlarged; the first one where they show none
         shown = kept.any(0).nonzero()[:, 0] if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)
@@ -146,8 +153,8 @@ class WSSSModule(Evaluated):
             if self.counts_images or f"{name}_absent" in self.metrics:
                 ids = resize_ids(ids_of[cam_to_label(cam, kept, self.background_threshold)], mask.shape[-2:])
                 uncut = cam_to_label(output[name], torch.ones_like(label), self.background_threshold)
-                rows += self.compare(ids, batch, f"{name}_", uncut)
-        return rows
+                counts += self.compare(ids, batch, f"{name}_", uncut)
+        return {"counts": counts}
 
     @torch.no_grad()
     def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

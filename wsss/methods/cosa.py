@@ -341,9 +341,9 @@ class CoSA(WSSSModule):
         both = {f"{stream}.{name}": t for stream in ("student", "teacher") for name, t in kept.items()}
         return OfficialCheckpoint("cosa", both, values)
 
-    def fused_scores(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Any) -> Tensor:
+    def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Any) -> Tensor:
         """As released: scales are summed at the network's size, and their sum is enlarged."""
-        return resize(super().fused_scores(image, self.sized(image).shape[-2:], seg, protocol), size)
+        return resize(super()._fuse(image, self.sized(image).shape[-2:], seg, protocol), size)
 
 
 STREAM_LAYOUT = {name: axes for name, axes in OFFICIAL_LAYOUT.items() if not name.startswith("projector.")}

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from wsss import InputError
-from wsss.cam import resize
+from wsss.cam import reduced_size, resize, resize_ids
 from wsss.evaluation.metrics import SegmentationIoU
 from wsss.evaluation.protocol import Measured
-from wsss.methods.evaluated import Evaluated, Inferred, Row
+from wsss.methods.stage import Stage
 from wsss.networks.segmenters import build_segmenter
 from wsss.networks.weights import start_backbone
 from wsss.optim import stepwise, warmup_poly
 
 
-class PixelStage(Evaluated):
+class PixelStage(Stage):
     """What stages that learn from pseudo masks share: how they are evaluated and shown. No training logic."""
 
     supervision = "pseudo_masks"
@@ -32,10 +32,22 @@ class PixelStage(Evaluated):
         notes = self.protocol.describe(self.measured_on(split), (1.0,), 0.0, cam_names=())
         return {f"val/{key}": note for key, note in notes.items()}
 
-    def count(self, batch: dict[str, Any], inferred: Inferred) -> list[Row]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if "mask" not in batch and "map" not in self.metrics:
+            return {"counts": []}
+        with self.watching_tokens():
+            output = self.infer_batch(batch)
         if "map" in self.metrics:
-            self.metrics["map"].update(inferred.output["logits"], batch["label"])
-        return self.count_segmentations(batch, inferred.scores)
+            self.metrics["map"].update(output["logits"], batch["label"])
+        if "mask" not in batch:
+            return {"counts": []}
+        counts, size = [], batch["mask"].shape[-2:]
+        work = reduced_size(size, self.protocol.max_side)
+        for word, scores in self.segment_steps(batch["image"], work, output["seg"], batch["label"]).items():
+            ids = resize_ids(scores.argmax(1), size)
+            self.metrics[f"{word}miou"].update(ids, batch["mask"])
+            counts += self.compare(ids, batch, word)
+        return {"counts": counts}
 
     @torch.no_grad()
     def illustrate(self, batch: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

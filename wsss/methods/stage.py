@@ -152,30 +152,25 @@ class Stage(pl.LightningModule):
 
         `seg` (B, 1 + C, h, w) is what `self(image)` gives at the protocol's size.
         """
-        return self.refined_scores(image, self.fused_scores(image, size, seg, self.protocol), self.protocol)
+        return self._refine(image, self._fuse(image, size, seg, self.protocol), self.protocol)
 
-    def fused_steps(self, image: Tensor, size: Sequence[int], seg: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """`fused_scores` for each of the protocol's `steps`; a CRF that is measured beside it takes those before it.
+    def segment_steps(self, image: Tensor, size: Sequence[int], seg: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """`segment` for each of the protocol's `steps`; the CRF takes the scores that were fused before it.
 
         `label` (B, C) are the true labels, which the protocol may let rule out classes.
         """
         results: dict[str, Tensor] = {}
         for name, protocol in self.protocol.steps().items():
             if name != "crf_":  # which comes last
-                scores = self.fused_scores(image, size, seg, protocol)
+                scores = self._fuse(image, size, seg, protocol)
                 if protocol.segmentation_labels == "true":
                     absent = with_background(label)[:, :, None, None] == 0
                     scores = scores.masked_fill(absent, 0.0 if protocol.softmax == "before" else -1e5)
-            results[name] = scores
+            results[name] = self._refine(image, scores, protocol)
         return results
 
-    def refined_steps(self, image: Tensor, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`refined_scores` of `fused_steps`."""
-        steps = self.protocol.steps()
-        return {name: self.refined_scores(image, scores[name], steps[name]) for name in scores}
-
-    def fused_scores(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
-        """The first half of `segment`: scores, or probabilities, of all scales."""
+    def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
+        """Scores, or probabilities, of all scales."""
         before = protocol.softmax == "before"
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
             scores = resize(widened(seg), size)
@@ -190,8 +185,8 @@ class Stage(pl.LightningModule):
             return lambda image: widened(self(image)["seg"])
         return lambda image: windowed(lambda part: widened(self(part)["seg"]), image, window, stride)
 
-    def refined_scores(self, image: Tensor, scores: Tensor, protocol: Protocol) -> Tensor:
-        """The second half: what the CRF makes of scores, if there is one, without background if there is none."""
+    def _refine(self, image: Tensor, scores: Tensor, protocol: Protocol) -> Tensor:
+        """What the CRF makes of scores, if there is one, without background if there is none."""
         if protocol.crf is not None:
             probability = scores if protocol.softmax == "before" else scores.softmax(1)
             colours = self.colours(reduce(image, protocol.max_side))

@@ -276,10 +276,10 @@ class WeCLIP(CLIPMaps):
         pseudo = ids.gather(1, best.flatten(1)).view_as(best)
         return pseudo if self.has_background else pseudo.masked_fill(pseudo == 0, 255)
 
-    def fused_scores(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
+    def _fuse(self, image: Tensor, size: Sequence[int], seg: Tensor, protocol: Protocol) -> Tensor:
         """Scores of all scales, which are factors of coordinates, too, fused on the grid of scale 1, as released."""
         if tuple(protocol.scales) == (1.0,) and protocol.flip == "none" and protocol.window is None:
-            return super().fused_scores(image, size, seg, protocol)
+            return super()._fuse(image, size, seg, protocol)
         how = (protocol.scales, protocol.flip, protocol.fusion, protocol.softmax == "before", protocol.align_corners)
         scores = multiscale_seg(self.scores(protocol), self.sized(image), seg.shape[-2:], *how, rescale_by_factor)
         return resize(scores, size)
