@@ -47,6 +47,21 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(finite, indent=2)}\n".encode()
 
 
+def read_object(path: Path, advice: str = "give another out") -> dict[str, Any]:
+    """What `write_json` has written.
+
+    Raises:
+        InputError: it is something else; `advice` says what helps where it cannot be put back.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: put it back, or {advice}")
+    return content
+
+
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """A text in UTF-8."""
     with write_whole(path) as file:

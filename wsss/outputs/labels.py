@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from wsss import InputError
-from wsss.outputs.masks import MaskFolder, packed, read_object
+from wsss.outputs.masks import MaskFolder, packed
 from wsss.report.tables import progress
-from wsss.writing import json_bytes, write_json
+from wsss.writing import json_bytes, read_object, write_json
 
 SUFFIXES = {
     "masks": (".png",),

@@ -17,7 +17,7 @@ from PIL import Image
 from wsss import InputError
 from wsss.outputs.stores import TARS, open_store
 from wsss.report.pictures import overlay
-from wsss.writing import mask_png, write_json, write_lines
+from wsss.writing import mask_png, read_object, write_json, write_lines
 
 LONGEST_JPEG = 65_500
 """Side in pixels, of libjpeg."""
@@ -122,17 +122,6 @@ def packed(**arrays: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]  # a name may be allow_pickle, for all that numpy knows
     return content.getvalue()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Raises InputError for what `write_json` has not written."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: put it back, or give another out")
-    return content
 
 
 def output_names(paths: Iterable[PurePath]) -> list[str]:

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,57 +136,79 @@ def index_foreign(
         raise InputError(f"{out} has an index already, which would be lost: give another out, or remove its files.")
     try:
         from webdataset.shardlists import expand_urls
-        from webdataset.tariterators import base_plus_ext
     except ImportError as error:
         raise InputError("shards of others need the webdataset library: pip install 'wsss[scale]'") from error
     tars = [place_of(name) for name in expand_urls(given)]
-    found: list[tuple[Place, int, dict[str, Row], dict[str, list[Any]]]] = []
-    for tar in progress(tars, len(tars)):
-        pictures: dict[str, Row] = {}
-        labels: dict[str, list[Any]] = {}
-        said_by: dict[str, int] = {}
-        end = 0
-        for member, content in _members(tar):
-            key, ending = base_plus_ext(member.name)
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            kind = f".{(ending or '').lower()}"
-            if key is None or "." in kind[1:]:
-                continue
-            if kind in SUFFIXES:
-                pictures.setdefault(key, Row(member.name, member.offset_data, member.size, None))
-            elif (
-                kind in READ
-                and READ.index(kind) < said_by.get(key, len(READ))
-                and (row := _said(f"{tar}: {member.name}", kind, content())) is not None
-            ):
-                labels[key], said_by[key] = row, READ.index(kind)
-        if not pictures:
-            raise InputError(f"{tar} holds no image ({end} bytes were passed over): leave it out.")
-        found.append((tar, end, pictures, labels))
-    said = {label for *_, labels in found for row in labels.values() for label in row}
+    found = [_read_foreign(tar) for tar in progress(tars, len(tars))]
+    known = _known_classes(tars[0], [label for one in found for row in one.labels.values() for label in row], classes)
+    places = {name: c for c, name in enumerate(known)}
+    keys = [key for one in found for key in one.pictures]
+    unique = len(set(keys)) == len(keys)
+    listed = []
+    for number, (tar, one) in enumerate(zip(tars, found, strict=True)):
+        rows = [sorted({places.get(label, label) for label in one.labels.get(key, ())}) for key in one.pictures]
+        ids = [key if unique else f"{number:06d}/{key}" for key in one.pictures]
+        table = {"ids": ids, "labels": rows, "images": columns(list(one.pictures.values()))}
+        listed.append(f"{split}-{number:06d}")
+        where = str(tar.resolve()) if isinstance(tar, Path) else tar.address
+        size = tar.stat().st_size if isinstance(tar, Path) else one.end
+        says = {"version": VERSION, "bytes": size, "tar": where, "of": digest(table), **table}
+        write_json(out / f"{listed[-1]}.json", says)
+    write_list(out, known, True, {split: listed})
+    return len(keys)
+
+
+class _Foreign(NamedTuple):
+    """A tar file of others: where its last member ends, by key its images, and of those that have any the labels."""
+
+    end: int
+    pictures: dict[str, Row]
+    labels: dict[str, list[Any]]
+
+
+def _read_foreign(tar: Place) -> _Foreign:
+    """Raises InputError for a tar file without images, or with labels that are none."""
+    from webdataset.tariterators import base_plus_ext
+
+    pictures: dict[str, Row] = {}
+    labels: dict[str, list[Any]] = {}
+    said_by: dict[str, int] = {}
+    end = 0
+    for member, content in _members(tar):
+        key, ending = base_plus_ext(member.name)
+        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        kind = f".{(ending or '').lower()}"
+        if key is None or "." in kind[1:]:
+            continue
+        if kind in SUFFIXES:
+            pictures.setdefault(key, Row(member.name, member.offset_data, member.size, None))
+        elif (
+            kind in READ
+            and READ.index(kind) < said_by.get(key, len(READ))
+            and (row := _said(f"{tar}: {member.name}", kind, content())) is not None
+        ):
+            labels[key], said_by[key] = row, READ.index(kind)
+    if not pictures:
+        raise InputError(f"{tar} holds no image ({end} bytes were passed over): leave it out.")
+    return _Foreign(end, pictures, labels)
+
+
+def _known_classes(tar: Place, said: Iterable[Any], classes: Sequence[str] | None) -> list[str]:
+    """The classes that were given, or those of all labels, names or numbers, of `tar` and others.
+
+    Raises:
+        InputError: they do not fit one another.
+    """
+    said = set(said)
     numbers = {label for label in said if isinstance(label, int)}
     names = sorted(label for label in said if isinstance(label, str))
     known = list(names if classes is None else classes)
     if (numbers and classes is None) or not known:
-        raise InputError(f"{tars[0]} and others number their classes, or have none: give classes=[NAME,...] in order.")
+        raise InputError(f"{tar} and others number their classes, or have none: give classes=[NAME,...] in order.")
     if unknown := [*(set(names) - set(known)), *(str(c) for c in numbers if not 0 <= c < len(known))]:
-        raise InputError(f"{tars[0]} and others name classes that are not given ({first_names(unknown)}): add them.")
+        raise InputError(f"{tar} and others name classes that are not given ({first_names(unknown)}): add them.")
     check_classes(known)
-    places = {name: c for c, name in enumerate(known)}
-    keys = [key for _, _, pictures, _ in found for key in pictures]
-    unique = len(set(keys)) == len(keys)
-    listed = []
-    for number, (tar, end, pictures, labels) in enumerate(found):
-        rows = [sorted({places.get(label, label) for label in labels.get(key, ())}) for key in pictures]
-        ids = [key if unique else f"{number:06d}/{key}" for key in pictures]
-        table = {"ids": ids, "labels": rows, "images": columns(list(pictures.values()))}
-        listed.append(f"{split}-{number:06d}")
-        where = str(tar.resolve()) if isinstance(tar, Path) else tar.address
-        size = tar.stat().st_size if isinstance(tar, Path) else end
-        says = {"version": VERSION, "bytes": size, "tar": where, "of": digest(table), **table}
-        write_json(out / f"{listed[-1]}.json", says)
-    write_list(out, known, True, {split: listed})
-    return sum(len(pictures) for _, _, pictures, _ in found)
+    return known
 
 
 READ = (".cls", ".json", ".txt")

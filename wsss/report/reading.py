@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from wsss import InputError
+from wsss import InputError, writing
 from wsss.config import flatten
 from wsss.evaluation.protocol import Measured
 from wsss.runs import NO_MATTER
@@ -214,17 +214,14 @@ def same_but_seed(runs: Iterable[Run]) -> list[list[Run]]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Raises InputError for what is no JSON object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise damaged(path)
-    return content
+    return writing.read_object(path, ADVICE)
 
 
 def damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged: put it back, or leave its run out of the report")
+    return InputError(f"{path} is damaged: put it back, or {ADVICE}")
+
+
+ADVICE = "leave its run out of the report"
 
 
 def _yaml(path: Path) -> dict[str, Any]:
