@@ -5,35 +5,45 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 S = TypeVar("S")
 R = TypeVar("R")
 
 WORKERS = 4
-"""Images that are finished at the same time."""
+"""Images that are finished at the same time beside a GPU."""
 
 
 def overlapped(
-    items: Iterable[T], make: Callable[[T], S], finish: Callable[[T, S], R]
+    items: Iterable[T], make: Callable[[T], S], finish: Callable[[T, S], R], device: torch.device
 ) -> Iterator[tuple[T, "Future[R]"]]:
     """`finish(item, make(item))` of all items, in their order; what either of them raises, `result()` raises.
 
-    `make` runs in the caller's thread, one item after the other, `finish` in others. Leave what torch computes on a
-    processor to `make`: it takes all cores by itself, and threads that wait for one another in turn are slower.
+    `make` runs in the caller's thread, one item after the other. Where it computes on a GPU, `finish` runs in threads
+    beside it. On a processor it does not: there torch takes all cores, and its threads wait for one another while any
+    of them does something else.
     """
     running: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(WORKERS, "wsss-finish") as pool:
+        submit, behind = (_at_once, 0) if device.type == "cpu" else (pool.submit, WORKERS)
         try:
             for item in items:
                 try:
-                    ended = pool.submit(finish, item, make(item))
+                    ended: Future[R] = submit(finish, item, make(item))
                 except Exception as error:
                     ended = Future()
                     ended.set_exception(error)
                 running.append((item, ended))
-                if len(running) > WORKERS:
+                if len(running) > behind:
                     yield running.popleft()
             yield from running
         except BaseException:  # the caller has stopped: what has not begun need not
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _at_once(work: Callable[..., R], *given: object) -> "Future[R]":
+    ended: Future[R] = Future()
+    ended.set_result(work(*given))
+    return ended

@@ -285,7 +285,9 @@ def make(
         return folder.encode(ids[index], mask, item["image"], cams, scores, instances, counts)
 
     opened = zip(pending, open_items(images, pending, Normalise(method.mean, method.std), num_workers), strict=True)
-    for (index, (item, photo)), ended in progress(overlapped(opened, see, finish), len(pending), "labelling"):
+    for (index, (item, photo)), ended in progress(
+        overlapped(opened, see, finish, method.device), len(pending), "labelling"
+    ):
         try:
             folder.store.add(ended.result())
         except InputError as error:  # too small for the network, say

@@ -114,7 +114,9 @@ def make(
     found: Counter[str] = Counter()
     failed: list[str] = []
     photographs = zip(names.values(), loader, strict=True)
-    for (name, (image, size)), ended in progress(overlapped(photographs, see, finish), len(names), "predicting"):
+    for (name, (image, size)), ended in progress(
+        overlapped(photographs, see, finish, device), len(names), "predicting"
+    ):
         try:
             files, shown = ended.result()
             folder.store.add(files)
