@@ -1,5 +1,6 @@
 """Work on many images in two halves: masks one after the other, beside them the files of those before."""
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 WORKERS = 4
-"""Images that are finished at the same time beside a GPU."""
+"""Images that are finished at the same time beside a GPU; two more are held in memory with what was made of them."""
 
 
 def overlapped(
@@ -22,25 +23,22 @@ def overlapped(
 
     `make` runs in the caller's thread, one item after the other. Where it computes on a GPU, `finish` runs in threads
     beside it. On a processor it does not: there torch takes all cores, and its threads wait for one another while any
-    of them does something else.
+    of them does something else. Items that are not given out when `items` itself fails are lost.
     """
     running: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(WORKERS, "wsss-finish") as pool:
         submit, behind = (_at_once, 0) if device.type == "cpu" else (pool.submit, WORKERS)
-        try:
-            for item in items:
-                try:
-                    ended: Future[R] = submit(finish, item, make(item))
-                except Exception as error:
-                    ended = Future()
-                    ended.set_exception(error)
-                running.append((item, ended))
-                if len(running) > behind:
-                    yield running.popleft()
-            yield from running
-        except BaseException:  # the caller has stopped: what has not begun need not
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for item in items:
+            try:
+                ended: Future[R] = submit(finish, item, make(item))
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they would hold its tensors while others are made
+                ended = Future()
+                ended.set_exception(error)
+            running.append((item, ended))
+            if len(running) > behind:
+                yield running.popleft()
+        yield from running
 
 
 def _at_once(work: Callable[..., R], *given: object) -> "Future[R]":

@@ -31,10 +31,14 @@ def process(code: str, *arguments: str) -> Any:
 
 
 def first_step() -> Any:
-    out = tempfile.mkdtemp()
     settings = ["trainer.max_steps=1", "monitor=null", "dataset.val_size=1", "trainer.enable_progress_bar=false"]
-    small = ["dataset.train_size=8", "data.batch_size=2", "data.num_workers=0", f"hydra.run.dir={out}", "resume=null"]
-    return process(RUN.format("train"), *settings, *small)
+    small = ["dataset.train_size=8", "data.batch_size=2", "data.num_workers=0"]
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            process(RUN.format("train"), *settings, *small, f"hydra.run.dir={out}/run")()
+
+    return run
 
 
 def predict(name: str, crf: dict[str, Any] | None, **arguments: Any) -> Any:

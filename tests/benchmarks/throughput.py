@@ -3,8 +3,9 @@
     python -m tests.benchmarks.throughput [CASE ...] [--images 48] [--repeats 3] [--before CHECKOUT] [--json FILE]
 
 Photographs are 500 x 375 pixels of smooth noise, networks start from random weights: ToCo's with timm's tiny ViT, CAM's
-and the segmentation's with lite0, all with 20 classes. A command runs for one image and for all of them, and what one
-takes more than the other counts: start and imports do not. Other processes on the machine do, so look for a quiet one.
+with lite0, both with 20 classes. A command runs for 8 images and for all of them, and what the one takes more than the
+other counts: start, imports and the pictures of an evaluation do not. Other processes on the machine do, so look for a
+quiet one.
 """
 
 import argparse
@@ -23,8 +24,15 @@ from PIL import Image
 from tests.benchmarks.harness import HERE, machine
 from wsss.writing import write_mask
 
-CLASSES = 20
-RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from wsss.commands.{} import main; main()"
+CLASSES, FEW = 20, 8
+RUN = """
+import sys
+root = sys.argv.pop(1)
+sys.path.insert(0, root)
+from wsss.commands.{} import main
+assert sys.modules["wsss"].__file__.startswith(root)
+main()
+"""
 TOCO = ("method=toco", "method.backbone=vit_tiny_patch16_224", "method.projector={hidden: 16, bottleneck: 8, out: 16}")
 CAM = ("method=cam", "method.backbone=efficientnet_lite0", "method.cam_scales=[1.0]")
 CASES = {  # method, command, its settings
@@ -42,7 +50,7 @@ CASES = {  # method, command, its settings
 def make_photographs(root: Path, count: int) -> None:
     """`all` and `one` in a folder, their labels and their masks."""
     generator = np.random.default_rng(0)
-    for name, number in (("all", count), ("one", 1)):
+    for name, number in (("all", count), ("few", FEW)):
         rows = ["file,labels"]
         for index in range(number):
             cells = generator.integers(0, 256, (6, 8, 3)).astype(np.uint8)
@@ -94,7 +102,7 @@ def seconds(checkout: Path, root: Path, case: str, name: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all unless given")
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--images", type=int, default=48, help=f"more than {FEW}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--before", type=lambda path: Path(path).resolve(), help="checkout of another version")
     parser.add_argument("--json", type=Path, help="file to which a line for each case is appended")
@@ -107,14 +115,14 @@ def main() -> None:
         make_photographs(root, given.images)
         for method in dict.fromkeys(CASES[case][0] for case in chosen):
             steps = ["trainer.max_steps=1", "data.batch_size=1", "monitor=null", f"hydra.run.dir={root / method[0]}"]
-            run(checkouts[-1], "train", *method, "method.weights=null", *data(root, "one"), *steps)
+            run(checkouts[-1], "train", *method, "method.weights=null", *data(root, "few"), *steps)
         print(f"{'case':16}{'images/s':>10}" + (f"{'before':>10}{'ratio':>8}" if given.before else ""))
         for case in chosen:
             rates: list[list[float]] = []
-            for _ in range(given.repeats):
-                took = [[seconds(checkout, root, case, name) for name in ("all", "one")] for checkout in checkouts]
-                rates.append([(given.images - 1) / (many - one) for many, one in took])
-            median = [statistics.median(column) for column in zip(*rates, strict=True)]
+            for _ in range(given.repeats + 1):  # the first one warms up
+                took = [[seconds(checkout, root, case, name) for name in ("all", "few")] for checkout in checkouts]
+                rates.append([(given.images - FEW) / (many - few) for many, few in took])
+            median = [statistics.median(column) for column in zip(*rates[1:], strict=True)]
             print(f"{case:16}" + "".join(f"{rate:10.2f}" for rate in median), end="")
             print(
                 f"{statistics.median(now / before for now, before in rates):8.2f}" if given.before else "", flush=True

@@ -1,5 +1,6 @@
 """`wsss-eval`: measure a checkpoint on a data set."""
 
+import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -56,14 +57,16 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     callbacks: list[pl.Callback] = [StepProgress()] if settings["enable_progress_bar"] else []
     callbacks += [PerImageCounts(out)] if cfg.detail else []
     trainer = build_trainer(settings | {"enable_progress_bar": False}, logger=False, callbacks=callbacks)
+    began = time.perf_counter()
     trainer.validate(method, data, verbose=False)
+    rate = len(data.val) / (time.perf_counter() - began)
     figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
     notes = method.describe(data.val_name)
     write_json(out / "run.json", provenance(cfg, run.overrides.task))
     write_figures(out, {"checkpoint": cfg.checkpoint} | figures, notes)
     write_json(out / "tables.json", method.tables)
     save_examples(out, [method.illustrate(batch) for batch in data.examples(8, method.smallest_side)])
-    print_figures(figures, notes, f"{cfg.checkpoint} -> {out}")
+    print_figures(figures, notes, f"{cfg.checkpoint} -> {out}, {rate:.1f} images/s")
     return figures
 
 

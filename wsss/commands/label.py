@@ -284,12 +284,11 @@ def make(
         counts = None if truth is None else count_cam(cams, truth, method.background_threshold)
         return folder.encode(ids[index], mask, item["image"], cams, scores, instances, counts)
 
-    opened = zip(pending, open_items(images, pending, Normalise(method.mean, method.std), num_workers), strict=True)
-    for (index, (item, photo)), ended in progress(
-        overlapped(opened, see, finish, method.device), len(pending), "labelling"
-    ):
+    loader = open_items(images, pending, Normalise(method.mean, method.std), num_workers)
+    results = overlapped(zip(pending, loader, strict=True), see, finish, method.device)
+    for (index, (item, photo)), ended in progress(results, len(pending), "labelling"):
         try:
-            folder.store.add(ended.result())
+            files = ended.result()
         except InputError as error:  # too small for the network, say
             failed.append(item if photo is None else f"{ids[index]}: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -297,6 +296,8 @@ def make(
                 raise
             height, width = photo.shape[1:]
             failed.append(f"{ids[index]}: there is not enough memory for its {width}x{height} pixels")
+        else:
+            folder.store.add(files)
     return failed
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from wsss.places import Readable
     from wsss.predictor import Predictor
 
-Photograph = tuple[str, tuple[Any, Any]]
-"""Its name, and what `Photographs` gives: image and size, or why there is none and None."""
+Opened = tuple[str, tuple[Any, Any]]
+"""The name of a photograph, and what `Photographs` gives: image and size, or why there is none and None."""
 
 
 def predict(cfg: DictConfig) -> int:
@@ -98,15 +98,15 @@ def make(
     )
     device, ids = predictor.method.device, {name: c + 1 for c, name in enumerate(predictor.classes)}
 
-    def see(photograph: Photograph) -> Prediction:
-        _, (image, size) = photograph
+    def see(opened: Opened) -> Prediction:
+        _, (image, size) = opened
         if size is None:
             raise InputError(image)  # why it could not be read
         with in_precision(cfg.precision, device):
             return predictor.predict_reduced(image, size, cfg.cam)
 
-    def finish(photograph: Photograph, seen: Prediction) -> tuple[dict[str, bytes], list[str]]:
-        name, (image, _) = photograph
+    def finish(opened: Opened, seen: Prediction) -> tuple[dict[str, bytes], list[str]]:
+        name, (image, _) = opened
         cams = None if seen.cams is None else {ids[label]: cam for label, cam in seen.cams.items()}
         files = folder.encode(name, seen.mask, image if cfg.overlay else None, cams)
         return files, [predictor.classes[c - 1] for c in np.unique(seen.mask) if c > 0]
