@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "wsss"
 GROUND = {"cam", "lattice", "optim", "pairs", "pickles", "places", "shards", "writing"}
 COMMANDS = {
     *GROUND, "assemble", "callbacks", "checkpoints", "commandline", "config", "data", "evaluation", "methods",
-    "networks", "outputs", "predictor", "refine", "report", "runs", "stored", "trackers",
+    "networks", "outputs", "predictor", "refine", "report", "runs", "stored", "threads", "trackers",
 }  # fmt: skip
 LAYERS = {
     "commands": COMMANDS,  # and none of commands
@@ -34,13 +34,14 @@ LAYERS = {
     "evaluation": {"evaluation", *GROUND},
     "outputs": {"outputs", "report", "evaluation", "places", "shards", "writing"},
     "report": {"report", "evaluation", "writing"},
-    "report/reading": {"config", "evaluation", "runs"},
+    "report/reading": {"config", "evaluation", "runs", "writing"},
     "report/sweep": {"config", "evaluation", "report", "writing"},
     "config": set(),
     "commandline": {"config"},
     **{file: set() for file in GROUND},
     "shards": {"places", "writing"},
     "stored": {"networks", "pickles"},
+    "threads": set(),
     "__init__": {"predictor"},
 }
 """By the name of a file or of its folder."""
