@@ -269,6 +269,7 @@ def test_killed_and_gone_on_with(command: Command, tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
         child = json.loads(running.read_text()).get("pid", killed)
+    time.sleep(0.5)  # a child that has not been told to go on yet ends with wsss-run
     process.kill()
     process.wait()
     os.kill(child, 0)  # is still there
