@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,7 @@ def apart(path: str, other_path: str) -> float | None:
 
 def main(module: str, cases: Mapping[str, Case], doc: str | None) -> None:
     """The command line of a benchmark; `module` is its name, `cases` its CASES."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(cases)}; all unless given")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--before", type=lambda path: Path(path).resolve(), help="checkout of another version")
-    parser.add_argument("--json", type=Path, help="file to which a line for each case is appended")
-    given = parser.parse_args()
-    if unknown := [name for name in given.cases if name not in cases]:
-        parser.error(f"{unknown[0]} is no case: known are {', '.join(cases)}")
+    given = command_line(cases, doc, repeats=5).parse_args()
     columns = {"cpu_ms": "cpu ms", "wall_ms": "wall ms", "peak_mib": "peak MiB"}
     if given.before:
         columns |= {"before_cpu_ms": "before", "before_peak_mib": "peak", "ratio": "ratio", "apart": "apart"}
@@ -159,9 +152,30 @@ def main(module: str, cases: Mapping[str, Case], doc: str | None) -> None:
         kinds = {"ratio": "10.2f", "apart": "10.1e"}
         shown = ("         -" if cost[key] is None else f"{cost[key]:{kinds.get(key, '10.1f')}}" for key in columns)
         print(f"{name:28}" + "".join(shown), flush=True)
-        if given.json is not None:
-            with given.json.open("a") as file:
-                print(json.dumps({"benchmark": module.rpartition(".")[2], "case": name} | cost | machine()), file=file)
+        keep(given.json, {"benchmark": module.rpartition(".")[2], "case": name} | cost)
+
+
+def command_line(cases: Iterable[str], doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """What benchmarks of cases take."""
+
+    def known(name: str) -> str:
+        if name not in cases:
+            raise argparse.ArgumentTypeError(f"{name} is no case: known are {', '.join(cases)}")
+        return name
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", type=known, help=f"of {', '.join(cases)}; all unless given")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--before", type=lambda path: Path(path).resolve(), help="checkout of another version")
+    parser.add_argument("--json", type=Path, help="file to which a line for each case is appended")
+    return parser
+
+
+def keep(path: Path | None, row: Mapping[str, Any]) -> None:
+    """Appends what was measured, with machine and versions, to the file that was asked for, if any was."""
+    if path is not None:
+        with path.open("a") as file:
+            print(json.dumps({**row, **machine()}), file=file)
 
 
 def machine() -> dict[str, str]:

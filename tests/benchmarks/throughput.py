@@ -8,8 +8,6 @@ other counts: start, imports and the pictures of an evaluation do not. Other pro
 quiet one.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.harness import HERE, machine
+from tests.benchmarks.harness import HERE, command_line, keep
+from wsss.assemble import local_device
 from wsss.writing import write_mask
 
 CLASSES, FEW = 20, 8
@@ -48,7 +47,7 @@ CASES = {  # method, command, its settings
 
 
 def make_photographs(root: Path, count: int) -> None:
-    """`all` and `one` in a folder, their labels and their masks."""
+    """`all`, so many, and `few` of them in folders, their labels and their masks."""
     generator = np.random.default_rng(0)
     for name, number in (("all", count), ("few", FEW)):
         rows = ["file,labels"]
@@ -100,15 +99,11 @@ def seconds(checkout: Path, root: Path, case: str, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all unless given")
+    parser = command_line(CASES, __doc__, repeats=3)
     parser.add_argument("--images", type=int, default=48, help=f"more than {FEW}")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--before", type=lambda path: Path(path).resolve(), help="checkout of another version")
-    parser.add_argument("--json", type=Path, help="file to which a line for each case is appended")
     given = parser.parse_args()
-    if unknown := [name for name in given.cases if name not in CASES]:
-        parser.error(f"{unknown[0]} is no case: known are {', '.join(CASES)}")
+    if given.images <= FEW:
+        parser.error(f"--images is {given.images}: expected more than {FEW}")
     chosen, checkouts = given.cases or list(CASES), [HERE, *filter(None, [given.before])]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -122,15 +117,15 @@ def main() -> None:
             for _ in range(given.repeats + 1):  # the first one warms up
                 took = [[seconds(checkout, root, case, name) for name in ("all", "few")] for checkout in checkouts]
                 rates.append([(given.images - FEW) / (many - few) for many, few in took])
-            median = [statistics.median(column) for column in zip(*rates[1:], strict=True)]
-            print(f"{case:16}" + "".join(f"{rate:10.2f}" for rate in median), end="")
-            print(
-                f"{statistics.median(now / before for now, before in rates):8.2f}" if given.before else "", flush=True
-            )
-            if given.json is not None:
-                row = {"benchmark": "throughput", "case": case, "cores": os.cpu_count(), "images_per_second": median[0]}
-                with given.json.open("a") as file:
-                    print(json.dumps(row | machine()), file=file)
+            rate, *before = (statistics.median(column) for column in zip(*rates[1:], strict=True))
+            cost = {"images_per_second": rate, "device": str(local_device()), "cores": os.cpu_count()}
+            shown = f"{case:16}{rate:10.2f}"
+            if before:
+                ratio = statistics.median(now / other for now, other in rates[1:])
+                cost |= {"before_images_per_second": before[0], "ratio": ratio}
+                shown += f"{before[0]:10.2f}{ratio:8.2f}"
+            print(shown, flush=True)
+            keep(given.json, {"benchmark": "throughput", "case": case} | cost)
 
 
 if __name__ == "__main__":

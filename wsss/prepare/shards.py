@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ def index_foreign(
         raise InputError("shards of others need the webdataset library: pip install 'wsss[scale]'") from error
     tars = [place_of(name) for name in expand_urls(given)]
     found = [_read_foreign(tar) for tar in progress(tars, len(tars))]
-    known = _known_classes(tars[0], [label for one in found for row in one.labels.values() for label in row], classes)
+    known = _known_classes(tars[0], {label for one in found for row in one.labels.values() for label in row}, classes)
     places = {name: c for c, name in enumerate(known)}
     keys = [key for one in found for key in one.pictures]
     unique = len(set(keys)) == len(keys)
@@ -193,13 +193,12 @@ def _read_foreign(tar: Place) -> _Foreign:
     return _Foreign(end, pictures, labels)
 
 
-def _known_classes(tar: Place, said: Iterable[Any], classes: Sequence[str] | None) -> list[str]:
+def _known_classes(tar: Place, said: set[Any], classes: Sequence[str] | None) -> list[str]:
     """The classes that were given, or those of all labels, names or numbers, of `tar` and others.
 
     Raises:
         InputError: they do not fit one another.
     """
-    said = set(said)
     numbers = {label for label in said if isinstance(label, int)}
     names = sorted(label for label in said if isinstance(label, str))
     known = list(names if classes is None else classes)
